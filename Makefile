@@ -1,0 +1,79 @@
+# `make help` lists what there is. Python and pip are enough; everything is installed into .venv.
+PYTHON ?= python3
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+CHAPTER ?= *
+VENV := .venv
+BIN := $(VENV)/bin
+HTML := _build/html/index.html
+
+EXTRAS_book := book
+EXTRAS_lab := lab
+EXTRAS_test := book,test
+
+.DEFAULT_GOAL := help
+.PHONY: help book html test lint lab execute constraints clean
+.DELETE_ON_ERROR:
+
+# What is stored in the notebooks was computed like this: one thread, so that sums have one order, and one seed.
+test execute: export BOOK_DEVICE := cpu
+test execute: export BOOK_SEED := 0
+test execute: export TQDM_DISABLE := 1
+test execute: export OMP_NUM_THREADS := 1
+test execute: export OPENBLAS_NUM_THREADS := 1
+test execute: export MKL_NUM_THREADS := 1
+test execute: export VECLIB_MAXIMUM_THREADS := 1
+
+help:  ## list the targets
+	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+book: html  ## build the HTML from the notebooks' stored outputs
+	@echo "The book is built. Open $(HTML) in a browser."
+
+html: $(VENV)/.installed-book
+	$(BIN)/jupyter-book build . -W -n --keep-going --all
+
+test: $(VENV)/.installed-test lint  ## check everything that CI checks
+	$(BIN)/pytest -n $(JOBS) tests
+	$(BIN)/pytest --nbval --nbval-current-env -n $(JOBS) --dist loadscope book
+	$(MAKE) html
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: $(VENV)/.installed-lab  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab book
+
+execute: $(VENV)/.installed-test  ## run all notebooks, or CHAPTER=minibatch_loss, and store their outputs
+	@notebooks=$$(find book -name '$(CHAPTER).ipynb' -not -path '*/.ipynb_checkpoints/*'); \
+	if [ -z "$$notebooks" ]; then echo "no notebook is called $(CHAPTER).ipynb" >&2; exit 1; fi; \
+	printf '%s\n' $$notebooks | xargs -n 1 -P $(JOBS) $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False --log-level=WARN
+
+constraints: $(VENV)/.created  ## renew constraints.txt; torch stays until its line there is edited
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	grep '^torch==' constraints.txt > $(VENV)/torch.txt
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
+	  --no-header --no-annotate --no-emit-index-url --constraint $(VENV)/torch.txt --output-file constraints.txt
+
+clean:  ## remove what was built, but keep .venv
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Installing into $(VENV); the first time this takes a few minutes."
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt \
+	  --no-build-isolation --editable '.[$(EXTRAS_$*)]'
+	@$(BIN)/python -c 'import matplotlib.pyplot'  # builds its font cache, which else is reported inside a notebook
+	@touch $@
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null 2>&1 || \
+	  { echo "Python 3.11 or newer is needed, but '$(PYTHON)' was not found: try make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, but this is $$($(PYTHON) --version 2>&1): try make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "Python's venv module is needed: on Debian and Ubuntu, install the package python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@

@@ -1,0 +1,574 @@
+"""Chapter *The loss is a random variable*: the mean loss of a batch, its variance, and its law.
+
+Throughout, a batch holds ``batch_size`` losses Z_1 … Z_m with mean L, standard deviation ``std`` (σ) and, where they
+are not independent, the same ``correlation`` (ρ) between any two. The batch loss is their mean.
+"""
+
+import math
+
+import numpy as np
+import torch
+from scipy import stats
+
+from helpers.lab.estimates import Estimate, function_of
+
+BERRY_ESSEEN_CONSTANT = 0.4748  # Shevtsova (2011), for identically distributed summands
+
+
+def iid_variance(std: float, batch_size: int) -> float:
+    """Return the variance of the mean of independent losses, ``σ² / m``.
+
+    Parameters
+    ----------
+    std : float
+        Standard deviation of one loss.
+    batch_size : int or array of int
+        Number of losses in the batch.
+
+    Returns
+    -------
+    float or array
+        In squared units of the loss. Claim ``minibatch_loss.iid_variance``.
+
+    Raises
+    ------
+    ValueError
+        If `std` is not positive or `batch_size` below 1.
+    """
+    _require_positive(std=std)
+    _require_batch_size(batch_size)
+    return std**2 / batch_size
+
+
+def equicorrelated_variance(std: float, batch_size: int, correlation: float) -> float:
+    """Return the variance of the mean of equally correlated losses, ``σ²/m · (1 + (m-1) ρ)``.
+
+    Parameters
+    ----------
+    std : float
+        Standard deviation of one loss.
+    batch_size : int or array of int
+        Number of losses in the batch.
+    correlation : float or array
+        Between any two losses of the batch.
+
+    Returns
+    -------
+    float or array
+        In squared units of the loss. Claim ``minibatch_loss.equicorrelated_variance``.
+
+    Raises
+    ------
+    ValueError
+        If `std` is not positive, `batch_size` below 1, or `correlation` outside ``[-1/(m-1), 1]``.
+    """
+    _require_positive(std=std)
+    _require_correlation(correlation, batch_size)
+    return std**2 / batch_size * (1 + (batch_size - 1) * correlation)
+
+
+def variance_floor(std: float, correlation: float) -> float:
+    """Return what the variance of the batch loss tends to as the batch grows, ``ρ σ²``.
+
+    Parameters
+    ----------
+    std : float
+        Standard deviation of one loss.
+    correlation : float
+        Between any two losses of the batch, in [0, 1]: a negative one has no unlimited batch.
+
+    Raises
+    ------
+    ValueError
+        If `std` is not positive or `correlation` outside [0, 1].
+    """
+    _require_positive(std=std)
+    _require_between("correlation", correlation, 0, 1)
+    return correlation * std**2
+
+
+def smallest_correlation(batch_size: int) -> float:
+    """Return the least correlation that any two of m variables can share, ``-1/(m-1)``; -1 for m = 1.
+
+    Raises
+    ------
+    ValueError
+        If `batch_size` is below 1.
+    """
+    _require_batch_size(batch_size)
+    return -1 / np.maximum(np.asarray(batch_size) - 1, 1)
+
+
+def effective_batch_size(batch_size: int, correlation: float) -> float:
+    """Return how many independent losses would make the mean as precise, ``m / (1 + (m-1) ρ)``.
+
+    Parameters
+    ----------
+    batch_size : int or array of int
+        Number of losses in the batch.
+    correlation : float or array
+        Between any two losses of the batch.
+
+    Returns
+    -------
+    float or array
+        At most ``1/ρ`` for positive ρ; infinite where the variance vanishes. Claim
+        ``minibatch_loss.effective_batch_size``.
+
+    Raises
+    ------
+    ValueError
+        If `batch_size` is below 1 or `correlation` outside ``[-1/(m-1), 1]``.
+    """
+    with np.errstate(divide="ignore"):
+        return np.divide(1, equicorrelated_variance(1.0, batch_size, correlation))
+
+
+def required_batch_size(std: float, standard_error: float, correlation: float = 0.0) -> int:
+    """Return the smallest batch whose mean loss has at most the wanted standard error.
+
+    Parameters
+    ----------
+    std : float
+        Standard deviation of one loss.
+    standard_error : float
+        Wanted standard deviation of the batch loss, in the units of the loss.
+    correlation : float
+        Between any two losses of the batch, in [0, 1].
+
+    Returns
+    -------
+    int
+        ``⌈σ²(1-ρ) / (s² - ρσ²)⌉``, at least 1.
+
+    Raises
+    ------
+    ValueError
+        If no batch is large enough because ``s² <= ρσ²``, or an argument is out of range.
+    """
+    _require_positive(std=std, standard_error=standard_error)
+    floor = variance_floor(std, correlation)
+    if standard_error >= std:
+        return 1
+    if standard_error**2 <= floor:
+        raise ValueError(
+            f"standard_error must exceed the floor std * sqrt(correlation) = {math.sqrt(floor):.3g}, "
+            f"which no batch size gets below, got {standard_error:.3g}"
+        )
+    wanted = (std**2 - floor) / (standard_error**2 - floor)
+    return math.ceil(wanted * (1 - 1e-12))  # a whole number must not be rounded up to the next
+
+
+def iid_losses(
+    n_batches: int,
+    batch_size: int,
+    *,
+    mean: float,
+    std: float,
+    marginal: str = "gaussian",
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """Draw batches of independent losses.
+
+    Parameters
+    ----------
+    n_batches, batch_size : int
+        Shape of the result.
+    mean, std : float
+        Of each loss.
+    marginal : {"gaussian", "exponential"}
+        The exponential law, shifted and scaled, has skewness 2; at ``mean = std`` it is unshifted.
+    generator : torch.Generator
+        Also sets the device.
+    dtype : torch.dtype
+
+    Returns
+    -------
+    torch.Tensor, shape (n_batches, batch_size)
+
+    Raises
+    ------
+    ValueError
+        If `marginal` is unknown, `std` not positive, or a size below 1.
+    """
+    _require_positive(std=std)
+    _require_batch_size(n_batches, "n_batches")
+    _require_batch_size(batch_size)
+    return _standardized((n_batches, batch_size), marginal, generator, dtype).mul_(std).add_(mean)
+
+
+def equicorrelated_losses(
+    n_batches: int,
+    batch_size: int,
+    *,
+    mean: float,
+    std: float,
+    correlation: float,
+    marginal: str = "gaussian",
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """Draw batches in which any two losses have the same correlation; different batches are independent.
+
+    A positive correlation comes from a component that the batch shares, ``√(1-ρ) E_i + √ρ S``, a negative one from
+    subtracting a multiple of the batch mean, ``√(1-ρ) (E_i - b Ē)`` with ``(1-b)² = (1 + (m-1)ρ) / (1-ρ)``; E_i and S
+    are independent and standardized.
+
+    Parameters
+    ----------
+    n_batches, batch_size : int
+        Shape of the result.
+    mean, std : float
+        Of each loss.
+    correlation : float
+        Between any two losses of a batch.
+    marginal : {"gaussian", "exponential"}
+        Law of E_i and S; the losses are Gaussian with the first, skewed with the second.
+    generator : torch.Generator
+        Also sets the device.
+    dtype : torch.dtype
+
+    Returns
+    -------
+    torch.Tensor, shape (n_batches, batch_size)
+
+    Raises
+    ------
+    ValueError
+        If `correlation` lies outside ``[-1/(m-1), 1]``, `marginal` is unknown, `std` not positive, or a size below 1.
+    """
+    _require_positive(std=std)
+    _require_batch_size(n_batches, "n_batches")
+    _require_correlation(correlation, batch_size)
+    losses = _standardized((n_batches, batch_size), marginal, generator, dtype)
+    if correlation >= 0:
+        shared = _standardized((n_batches, 1), marginal, generator, dtype)
+        losses.mul_(math.sqrt(1 - correlation)).add_(math.sqrt(correlation) * shared)
+    else:
+        # Rounding must not make the root of 0 that of a negative number at the smallest correlation.
+        remaining = max(1 + (batch_size - 1) * correlation, 0) / (1 - correlation)
+        losses.sub_((1 - math.sqrt(remaining)) * losses.mean(1, keepdim=True)).mul_(math.sqrt(1 - correlation))
+    return losses.mul_(std).add_(mean)
+
+
+def intraclass_correlation(losses: torch.Tensor) -> Estimate:
+    """Estimate the correlation between losses of one batch, by one-way analysis of variance.
+
+    Parameters
+    ----------
+    losses : torch.Tensor, shape (n_batches, batch_size)
+        Losses on your own network, one row a batch; different batches must be independent. Both sizes at least 2.
+
+    Returns
+    -------
+    Estimate
+        ``(B - W) / (B + (m-1) W)``, where B is m times the sample variance of the batch means and W the mean of the
+        sample variances within batches; the standard error, by the delta method over batches, assumes no normality.
+        Source: Fisher (1925), intraclass correlation.
+
+    Raises
+    ------
+    ValueError
+        If `losses` is not a matrix of at least 2 × 2 finite numbers that vary.
+    """
+    if losses.ndim != 2 or min(losses.shape) < 2:
+        raise ValueError(f"losses must have shape (n_batches, batch_size), both at least 2, got {tuple(losses.shape)}")
+    losses = losses.to(torch.float64)
+    n_batches, batch_size = losses.shape
+    means = losses.mean(1)
+    between = batch_size * (means - means.mean()).square() * n_batches / (n_batches - 1)
+    within = losses.var(1)
+    if not between.sum() + within.sum() > 0:
+        raise ValueError("losses must be finite and vary, got no variance")
+
+    def ratio(mean_squares: torch.Tensor) -> torch.Tensor:
+        b, w = mean_squares
+        return (b - w) / (b + (batch_size - 1) * w)
+
+    return function_of(ratio, torch.stack([between, within], dim=1))
+
+
+def shared_shift_gradients(
+    n_batches: int,
+    batch_size: int,
+    *,
+    slope: float,
+    true_slope: float,
+    intercept: float,
+    feature_std: float,
+    shift_std: float,
+    label_std: float,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """Draw per-example gradients of a linear regression whose batches share one random shift of the inputs.
+
+    The clean input is u ~ N(0, feature_std²) and the label y = true_slope · u + N(0, label_std²). The augmentation adds
+    one shift a ~ N(0, shift_std²) to all inputs of a batch and leaves the labels alone. The loss of an example is
+    ``(slope · x + intercept - y)² / 2`` with x = u + a.
+
+    Parameters
+    ----------
+    n_batches, batch_size : int
+    slope, intercept : float
+        Parameters of the model, at which gradients are taken.
+    true_slope, feature_std, shift_std, label_std : float
+        Of the data and the augmentation.
+    generator : torch.Generator
+        Also sets the device.
+    dtype : torch.dtype
+
+    Returns
+    -------
+    torch.Tensor, shape (n_batches, batch_size, 2)
+        Derivatives by slope and by intercept.
+
+    Raises
+    ------
+    ValueError
+        If a standard deviation is not positive or a size below 1.
+    """
+    _require_positive(feature_std=feature_std, shift_std=shift_std, label_std=label_std)
+    _require_batch_size(n_batches, "n_batches")
+    _require_batch_size(batch_size)
+
+    def normal(std: float, columns: int) -> torch.Tensor:
+        return _standardized((n_batches, columns), "gaussian", generator, dtype).mul_(std)
+
+    clean = normal(feature_std, batch_size)
+    labels = true_slope * clean + normal(label_std, batch_size)
+    inputs = clean + normal(shift_std, 1)
+    residuals = slope * inputs + intercept - labels
+    return torch.stack([residuals * inputs, residuals], dim=-1)
+
+
+def shared_shift_moments(
+    *, slope: float, true_slope: float, intercept: float, feature_std: float, shift_std: float, label_std: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return variance and within-batch correlation of each gradient coordinate of :func:`shared_shift_gradients`.
+
+    Parameters
+    ----------
+    slope, true_slope, intercept, feature_std, shift_std, label_std : float
+        As in :func:`shared_shift_gradients`.
+
+    Returns
+    -------
+    variance, correlation : ndarray, shape (2,)
+        Of the derivatives by slope and by intercept, from the fourth moments of Gaussian variables (Isserlis).
+        Claim ``minibatch_loss.gradient_floor``.
+
+    Raises
+    ------
+    ValueError
+        If a standard deviation is not positive.
+    """
+    _require_positive(feature_std=feature_std, shift_std=shift_std, label_std=label_std)
+    input_variance = feature_std**2 + shift_std**2
+    residual_variance = (slope - true_slope) ** 2 * feature_std**2 + slope**2 * shift_std**2 + label_std**2
+    input_residual = (slope - true_slope) * feature_std**2 + slope * shift_std**2
+    slope_variance = residual_variance * input_variance + input_residual**2 + intercept**2 * input_variance
+    slope_covariance = 2 * slope**2 * shift_std**4 + intercept**2 * shift_std**2
+    intercept_covariance = slope**2 * shift_std**2
+    variance = np.array([slope_variance, residual_variance])
+    return variance, np.array([slope_covariance, intercept_covariance]) / variance
+
+
+def exponential_batch_cdf(z: float | np.ndarray, batch_size: int) -> np.ndarray:
+    """Return the exact distribution function of the standardized batch loss when losses are exponential.
+
+    Parameters
+    ----------
+    z : array_like
+        In standard errors of the batch loss: ``z = (L̂ - L) / (σ/√m)``.
+    batch_size : int
+
+    Returns
+    -------
+    ndarray
+        ``P(Gamma(m) <= m + z √m)``: the sum of m exponential losses has a gamma law. Claim ``minibatch_loss.clt``.
+
+    Raises
+    ------
+    ValueError
+        If `batch_size` is below 1.
+    """
+    _require_batch_size(batch_size)
+    return stats.gamma.cdf(batch_size + np.asarray(z) * math.sqrt(batch_size), a=batch_size)
+
+
+def exponential_distance(batch_size: int) -> float:
+    """Return the largest gap between :func:`exponential_batch_cdf` and the normal distribution function.
+
+    Raises
+    ------
+    ValueError
+        If `batch_size` is below 1.
+    """
+    # Below -√m the exact function is 0 and the normal one largest at the edge; 10⁻³ steps leave an error below 10⁻⁶.
+    z = np.append(np.arange(-6, 6, 1e-3), -math.sqrt(batch_size))
+    return float(np.abs(exponential_batch_cdf(z, batch_size) - stats.norm.cdf(z)).max())
+
+
+def two_point_distance(probability: float, batch_size: int) -> float:
+    """Return the largest gap between the law of a standardized mean of 0/1 losses and the normal law.
+
+    Parameters
+    ----------
+    probability : float
+        That a loss is 1, inside (0, 1).
+    batch_size : int
+
+    Returns
+    -------
+    float
+        The supremum over all z, which is reached at a jump, from its left or its right.
+
+    Raises
+    ------
+    ValueError
+        If `probability` is not inside (0, 1) or `batch_size` below 1.
+    """
+    _require_batch_size(batch_size)
+    if not 0 < probability < 1:
+        raise ValueError(f"probability must lie strictly between 0 and 1, got {probability}")
+    law = stats.binom(batch_size, probability)
+    ones = np.arange(batch_size + 1)
+    normal = stats.norm.cdf((ones - law.mean()) / law.std())
+    return float(max(np.abs(law.cdf(ones) - normal).max(), np.abs(law.cdf(ones - 1) - normal).max()))
+
+
+def berry_esseen_bound(
+    third_absolute_moment: float, std: float, batch_size: int, constant: float = BERRY_ESSEEN_CONSTANT
+) -> float:
+    """Bound the distance of the standardized batch loss from the normal law, ``C E|Z-L|³ / (σ³ √m)``.
+
+    Parameters
+    ----------
+    third_absolute_moment : float
+        ``E|Z-L|³`` of one loss.
+    std : float
+        Standard deviation of one loss.
+    batch_size : int or array of int
+    constant : float
+        0.4748 holds for every law (Shevtsova 2011); none below 0.4097 does (Esseen 1956).
+
+    Returns
+    -------
+    float or array
+        Bound on the largest difference of distribution functions. Claim ``minibatch_loss.berry_esseen``.
+
+    Raises
+    ------
+    ValueError
+        If a moment is not positive, `batch_size` below 1, or the third moment smaller than ``σ³``, which is impossible.
+    """
+    _require_positive(third_absolute_moment=third_absolute_moment, std=std)
+    _require_batch_size(batch_size)
+    if third_absolute_moment < std**3 * (1 - 1e-12):
+        raise ValueError(f"E|Z-L|³ cannot be below std³ = {std**3:.3g}, got {third_absolute_moment:.3g}")
+    return constant * third_absolute_moment / (std**3 * np.sqrt(batch_size))
+
+
+def stable_losses(
+    n_batches: int,
+    batch_size: int,
+    *,
+    alpha: float,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """Draw batches of independent symmetric α-stable losses, with characteristic function ``exp(-|t|^α)``.
+
+    Parameters
+    ----------
+    n_batches, batch_size : int
+    alpha : float
+        In (0, 2]. The variance is infinite below 2, the mean undefined at 1 and below; 2 is N(0, 2), 1 is Cauchy.
+    generator : torch.Generator
+        Also sets the device.
+    dtype : torch.dtype
+
+    Returns
+    -------
+    torch.Tensor, shape (n_batches, batch_size)
+        Exact draws by the method of Chambers, Mallows and Stuck (1976).
+
+    Raises
+    ------
+    ValueError
+        If `alpha` lies outside (0, 2] or a size is below 1.
+    """
+    _require_alpha(alpha)
+    _require_batch_size(n_batches, "n_batches")
+    _require_batch_size(batch_size)
+    shape = (n_batches, batch_size)
+    uniform = torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
+    angle = (uniform - 0.5) * math.pi
+    waiting_time = _exponential(shape, generator, dtype).clamp_(min=torch.finfo(dtype).tiny)
+    tail = (torch.cos((1 - alpha) * angle) / waiting_time).pow((1 - alpha) / alpha)
+    return torch.sin(alpha * angle) / torch.cos(angle).pow(1 / alpha) * tail
+
+
+def stable_spread(alpha: float, batch_size: int) -> float:
+    """Return by what factor averaging m independent α-stable losses narrows their law, ``m^(1/α - 1)``.
+
+    Parameters
+    ----------
+    alpha : float
+        In (0, 2]; 2 gives the familiar ``m^(-1/2)``, 1 gives 1: averaging does nothing.
+    batch_size : int or array of int
+
+    Raises
+    ------
+    ValueError
+        If `alpha` lies outside (0, 2] or `batch_size` is below 1.
+    """
+    _require_alpha(alpha)
+    _require_batch_size(batch_size)
+    return np.asarray(batch_size, dtype=np.float64) ** (1 / alpha - 1)
+
+
+def _exponential(shape: tuple[int, int], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    """Draw standard exponentials by inversion: torch's own sampler differs between builds of the library."""
+    return torch.rand(shape, generator=generator, dtype=dtype, device=generator.device).neg_().log1p_().neg_()
+
+
+def _standardized(
+    shape: tuple[int, int], marginal: str, generator: torch.Generator, dtype: torch.dtype
+) -> torch.Tensor:
+    """Draw independent variables of mean 0 and variance 1."""
+    if marginal == "gaussian":
+        return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+    if marginal == "exponential":
+        return _exponential(shape, generator, dtype).sub_(1)
+    raise ValueError(f"marginal must be 'gaussian' or 'exponential', got {marginal!r}")
+
+
+def _require_positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not (math.isfinite(number) and number > 0):
+            raise ValueError(f"{name} must be positive and finite, got {number}")
+
+
+def _require_batch_size(batch_size: int, name: str = "batch_size") -> None:
+    if not (np.asarray(batch_size) >= 1).all():
+        raise ValueError(f"{name} must be at least 1, got {batch_size}")
+
+
+def _require_between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+
+
+def _require_alpha(alpha: float) -> None:
+    if not 0 < alpha <= 2:
+        raise ValueError(f"alpha must lie in (0, 2], got {alpha}")
+
+
+def _require_correlation(correlation: float, batch_size: int) -> None:
+    low = smallest_correlation(batch_size)
+    correlation = np.asarray(correlation)
+    if not ((correlation >= low * (1 + 1e-12)) & (correlation <= 1)).all():
+        raise ValueError(f"correlation must lie in [-1/(batch_size-1), 1] = [{np.max(low):.3f}, 1], got {correlation}")
