@@ -86,7 +86,7 @@ class Claim:
         words = self.sentence if self.passed else "This claim failed: " + "; ".join(self.problems) + "."
         return (
             f'<details class="claim claim-{state}"><summary><span aria-hidden="true">{mark}</span> '
-            f"{html.escape(words)}</summary><code>{html.escape(self.name)}</code><br>"
+            f"{html.escape(words)} <small>{html.escape(self.name.partition('.')[2])}</small></summary>"
             f"<code>{html.escape(self.row)}</code></details>"
         )
 
@@ -308,7 +308,7 @@ def check_exact(
     shown = (0,) * relative.ndim if passed else np.unravel_index(relative.argmax(), relative.shape)
     row = f"{_entries(relative, '')}{formula[shown]:.5g} = {computed[shown]:.5g}  equal to {rtol:.0e}"
     problems = [] if passed else [f"two computations{_where(shown, None)} differ by {_percent(relative.max())}"]
-    sentence = f"Two computations agree to {rtol:.0e}."
+    sentence = f"Two independent computations agree, to {-math.log10(rtol):.0f} digits."
     figures = {"formula": _plain(formula), "computed": _plain(computed), "rtol": rtol}
     return Claim(id, case, "exact", row, sentence, figures, problems)
 

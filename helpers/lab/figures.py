@@ -11,6 +11,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from helpers.lab.estimates import Estimate, stack
 
@@ -45,6 +46,16 @@ def axes(rows: int = 1, columns: int = 1, **kwargs: object) -> tuple[Figure, Axe
     """Return ``plt.subplots(rows, columns, **kwargs)`` in the book's style."""
     plt.rcParams.update(STYLE)
     return plt.subplots(rows, columns, **kwargs)
+
+
+def log_log(ax: Axes, *, ticks: Sequence[int], xlabel: str, ylabel: str) -> None:
+    """Make both axes logarithmic and write their ticks as plain numbers; `ticks` are those of the x axis."""
+    ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def theory(ax: Axes, x: np.ndarray, y: np.ndarray, *, label: str | None = None, color: str = THEORY) -> None:
