@@ -64,7 +64,9 @@ def equicorrelated_variance(std: float, batch_size: int, correlation: float) -> 
     """
     _require_positive(std=std)
     _require_correlation(correlation, batch_size)
-    return std**2 / batch_size * (1 + (batch_size - 1) * correlation)
+    inflation = 1 + (batch_size - 1) * correlation
+    # At the smallest correlation the variance is 0, which rounding would turn into a tiny number of either sign.
+    return std**2 / batch_size * np.where(inflation > 2 * np.finfo(np.float64).eps, inflation, 0)
 
 
 def variance_floor(std: float, correlation: float) -> float:
@@ -150,7 +152,7 @@ def required_batch_size(std: float, standard_error: float, correlation: float = 
     floor = variance_floor(std, correlation)
     if standard_error >= std:
         return 1
-    if standard_error**2 <= floor:
+    if standard_error**2 <= floor * (1 + 1e-12):  # the floor's own square root may round upwards
         raise ValueError(
             f"standard_error must exceed the floor std * sqrt(correlation) = {math.sqrt(floor):.3g}, "
             f"which no batch size gets below, got {standard_error:.3g}"
@@ -507,8 +509,10 @@ def stable_losses(
     uniform = torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
     angle = (uniform - 0.5) * math.pi
     waiting_time = _exponential(shape, generator, dtype).clamp_(min=torch.finfo(dtype).tiny)
-    tail = (torch.cos((1 - alpha) * angle) / waiting_time).pow((1 - alpha) / alpha)
-    return torch.sin(alpha * angle) / torch.cos(angle).pow(1 / alpha) * tail
+    # Rounded, an angle of -π/2 has a negative cosine.
+    cosine = torch.cos(angle).clamp_(min=torch.finfo(dtype).eps)
+    tail = (torch.cos((1 - alpha) * angle).clamp_(min=torch.finfo(dtype).eps) / waiting_time).pow((1 - alpha) / alpha)
+    return torch.sin(alpha * angle) / cosine.pow(1 / alpha) * tail
 
 
 def stable_spread(alpha: float, batch_size: int) -> float:

@@ -12,6 +12,7 @@ error rates is that of TensorFlow Probability's ``statistical_testing``.
 
 import html
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ MISS = 1e-3  # probability that a formula wrong by `resolution` passes
 ROUNDING = 1e-9  # relative difference that two computations of one number may have
 MAX_LOG_TAIL_ERROR = math.log(2)  # skewness may change a tail probability by no more than a factor of two
 ID_PATTERN = re.compile(r"[a-z][a-z0-9_]*\.[a-z][a-z0-9_]*")
+GO_ON = "BOOK_GO_ON"  # environment variable that `make reseed` sets: a failed claim is shown, and not raised
 REGISTRY = Path(__file__).parents[2] / "book" / "claims.yml"
 
 Numbers = float | np.ndarray | torch.Tensor
@@ -92,8 +94,8 @@ class Claim:
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
         data = {"text/plain": repr(self), "text/html": self._repr_html_()}
-        record = {"id": self.id, "case": self.case, "kind": self.kind, "passed": self.passed, **self.figures}
-        return data, {"claim": record}
+        names = ("id", "case", "kind", "passed", "row", "problems")
+        return data, {"claim": {name: getattr(self, name) for name in names} | self.figures}
 
 
 def agree(
@@ -306,8 +308,10 @@ def check_exact(
     passed = bool((relative <= rtol).all())
     # Among entries that are equal to rounding, which one is worst differs from one processor to the next.
     shown = (0,) * relative.ndim if passed else np.unravel_index(relative.argmax(), relative.shape)
-    row = f"{_entries(relative, '')}{formula[shown]:.5g} = {computed[shown]:.5g}  equal to {rtol:.0e}"
-    problems = [] if passed else [f"two computations{_where(shown, None)} differ by {_percent(relative.max())}"]
+    where = "" if passed else _where(shown, None)
+    signs = ("=", "equal") if passed else ("≠", "not equal")
+    row = f"{_entries(relative, where)}{formula[shown]:.5g} {signs[0]} {computed[shown]:.5g}  {signs[1]} to {rtol:.0e}"
+    problems = [] if passed else [f"two computations{where} differ by {_percent(relative.max())}"]
     sentence = f"Two independent computations agree, to {-math.log10(rtol):.0f} digits."
     figures = {"formula": _plain(formula), "computed": _plain(computed), "rtol": rtol}
     return Claim(id, case, "exact", row, sentence, figures, problems)
@@ -330,7 +334,9 @@ def check_bounded(
     observed, bound = _observed_and_bound(observed, bound)
     value = observed.value if isinstance(observed, Estimate) else observed
     excess = _lower_limit(observed, false_alarm) - bound
-    tightest = np.unravel_index((value - bound).argmax(), value.shape)
+    # The tightest entry is that of the smallest relative slack, which bounds of 0 or below do not have.
+    closeness = value / bound if (bound > 0).all() else value - bound
+    tightest = np.unravel_index(closeness.argmax(), value.shape)
     problems = []
     if not _below(observed, bound, false_alarm):
         problems.append(f"the bound is exceeded by {excess.max():.3g}")
@@ -343,14 +349,16 @@ def check_bounded(
         row += f"  slack {_percent(slack)}"
         sentence += f" with {_percent(slack)} to spare" if slack > ROUNDING else " with nothing to spare"
     if attained is not None:
-        row += "  attained"
         sentence += ", and a case attains it"
-        if not _attains(id, *attained):
+        if _attains(id, *attained):
+            row += "  attained"
+        else:
             problems.append("the case that should attain the bound does not")
     if control is not None:
-        row += "  control rejected"
         sentence += ", and the control breaks it, as it must"
-        if _below(*_observed_and_bound(*control), false_alarm):
+        if not _below(*_observed_and_bound(*control), false_alarm):
+            row += "  control rejected"
+        else:
             problems.append("the control, which should break the bound, does not")
     figures = {"observed": _plain(value), "bound": _plain(bound), "slack": None if slack is None else _plain(slack)}
     return Claim(id, case, "bounded", row, sentence + ".", figures, problems)
@@ -375,7 +383,7 @@ class ChapterTable:
     def __init__(self, chapter: str, registry: Path = REGISTRY) -> None:
         registered = {
             id: entry
-            for id, entry in yaml.safe_load(registry.read_text(encoding="utf-8")).items()
+            for id, entry in (yaml.safe_load(registry.read_text(encoding="utf-8")) or {}).items()
             if id.startswith(f"{chapter}.")
         }
         checked = [claim.id for claim in _shown.values() if claim.id.startswith(f"{chapter}.")]
@@ -385,10 +393,7 @@ class ChapterTable:
                 f"{sorted(registered.keys() - set(checked))}, checked but not registered: "
                 f"{sorted(set(checked) - registered.keys())}"
             )
-        self.rows = [
-            (id, entry["title"], entry.get("source", "beyond the sources"), checked.count(id))
-            for id, entry in registered.items()
-        ]
+        self.rows = [(id, entry["title"], source_of(entry), checked.count(id)) for id, entry in registered.items()]
 
     def __repr__(self) -> str:
         return "\n".join(f"{id}  {title}  ({source})  checks: {count}" for id, title, source, count in self.rows)
@@ -403,6 +408,11 @@ class ChapterTable:
         return f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
+def source_of(entry: Mapping[str, str]) -> str:
+    """Return where a claim of the registry comes from: document, section and problem, or beyond both documents."""
+    return entry.get("source", "beyond the sources")
+
+
 # Every claim shown in this process by (id, case): running a cell again replaces its claim.
 _shown: dict[tuple[str, str], Claim] = {}
 
@@ -410,7 +420,7 @@ _shown: dict[tuple[str, str], Claim] = {}
 def _show(claim: Claim) -> None:
     _shown[claim.id, claim.case] = claim
     display(claim)
-    if not claim.passed:
+    if not claim.passed and GO_ON not in os.environ:
         raise ClaimError(f"{claim.name}: {'; '.join(claim.problems)}")
 
 
@@ -448,6 +458,8 @@ def _theory(
             raise ValueError("a formula that is a function needs its settings in `at`, got none")
         formula = np.stack([_finite("formula", formula(**setting)) for setting in at])
     theory = _finite("formula", formula)
+    if at is not None:
+        _require_shape("formula", theory.shape[:1], (len(at),))
     _require_shape("formula", theory.shape, simulated.value.shape)
     return theory, simulated.asymmetry, simulated.stderr
 
@@ -468,7 +480,10 @@ def _evaluate(derived: sp.Expr, setting: Mapping[str, Real]) -> float:
         for symbol in derived.free_symbols
         for value in [setting[symbol.name]]
     }
-    return float(_finite("derived", float(sp.N(derived.subs(values).doit(), 30))))
+    value = sp.N(derived.subs(values).doit(), 30)
+    if not (value.is_real and value.is_finite):
+        raise ValueError(f"derived must be finite and real, got {value} at {dict(setting)}")
+    return float(value)
 
 
 def _observed_and_bound(observed: Numbers | Estimate, bound: Numbers) -> tuple[np.ndarray | Estimate, np.ndarray]:

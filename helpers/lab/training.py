@@ -79,9 +79,10 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}  # a frozen part may differ from the whole
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in modes.items():
+            module.training = was_training
