@@ -1,7 +1,9 @@
 # `make help` lists what there is. Python and pip are enough; everything is installed into .venv.
 PYTHON ?= python3
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-CHAPTER ?= *
+CHAPTER ?=
+SEEDS ?= 20
+NOTEBOOKS = $(shell find book -name '*.ipynb' -not -name ledger.ipynb -not -path '*/.ipynb_checkpoints/*' | sort)
 VENV := .venv
 BIN := $(VENV)/bin
 HTML := _build/html/index.html
@@ -11,17 +13,19 @@ EXTRAS_lab := lab
 EXTRAS_test := book,test
 
 .DEFAULT_GOAL := help
-.PHONY: help book html test lint lab execute constraints clean
+.PHONY: help book html test lint lab execute ledger reseed constraints clean
 .DELETE_ON_ERROR:
 
 # What is stored in the notebooks was computed like this: one thread, so that sums have one order, and one seed.
-test execute: export BOOK_DEVICE := cpu
-test execute: export BOOK_SEED := 0
-test execute: export TQDM_DISABLE := 1
-test execute: export OMP_NUM_THREADS := 1
-test execute: export OPENBLAS_NUM_THREADS := 1
-test execute: export MKL_NUM_THREADS := 1
-test execute: export VECLIB_MAXIMUM_THREADS := 1
+test execute ledger: export BOOK_DEVICE := cpu
+test execute ledger: export BOOK_SEED := 0
+test execute ledger: export TQDM_DISABLE := 1
+test execute ledger: export OMP_NUM_THREADS := 1
+test execute ledger: export OPENBLAS_NUM_THREADS := 1
+test execute ledger: export MKL_NUM_THREADS := 1
+test execute ledger: export VECLIB_MAXIMUM_THREADS := 1
+EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+  --log-level=WARN
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,7 +38,7 @@ html: $(VENV)/.installed-book
 
 test: $(VENV)/.installed-test lint  ## check everything that CI checks
 	$(BIN)/pytest -n $(JOBS) tests
-	$(BIN)/pytest --nbval --nbval-current-env -n $(JOBS) --dist loadscope book
+	PYTHONPATH=tests/no_network $(BIN)/pytest --nbval --nbval-current-env -n $(JOBS) --dist loadscope book
 	$(MAKE) html
 
 lint: $(VENV)/.installed-test
@@ -45,10 +49,17 @@ lab: $(VENV)/.installed-lab  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab book
 
 execute: $(VENV)/.installed-test  ## run all notebooks, or CHAPTER=minibatch_loss, and store their outputs
-	@notebooks=$$(find book -name '$(CHAPTER).ipynb' -not -path '*/.ipynb_checkpoints/*'); \
-	if [ -z "$$notebooks" ]; then echo "no notebook is called $(CHAPTER).ipynb" >&2; exit 1; fi; \
-	printf '%s\n' $$notebooks | xargs -n 1 -P $(JOBS) $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
-	  --ExecutePreprocessor.record_timing=False --log-level=WARN
+	@chosen="$(if $(CHAPTER),$(filter %/$(CHAPTER).ipynb,$(NOTEBOOKS)),$(NOTEBOOKS))"; \
+	if [ -z "$$chosen" ]; then echo "no notebook is called $(CHAPTER).ipynb" >&2; exit 1; fi; \
+	printf '%s\n' $$chosen | xargs -n 1 -P $(JOBS) $(EXECUTE)
+	@$(MAKE) ledger
+
+ledger: $(VENV)/.installed-test
+	$(EXECUTE) book/ledger.ipynb
+
+reseed: $(VENV)/.installed-test  ## check every claim under SEEDS=20 fresh seeds, or SEED=7; on Dask: SCHEDULER=tcp://host:8786
+	$(BIN)/python -m helpers.lab.reseed --seeds $(SEEDS) --jobs $(JOBS) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(SCHEDULER),--scheduler $(SCHEDULER)) $(NOTEBOOKS)
 
 constraints: $(VENV)/.created  ## renew constraints.txt; torch stays until its line there is edited
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv

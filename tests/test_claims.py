@@ -872,7 +872,7 @@ def test_record_of_an_agreement_holds_its_figures():
     assert record["simulated"] == [1.3333, 0.03126, 2.45]
     assert record["stderr"] == [0.001, 0.00002, 0.002]
     assert record["z"] == pytest.approx([-1 / 30, 0.5, 0], abs=1e-6)
-    assert record["worst"] == "at s=0.5, m=8"
+    assert record["shown"] == 1
 
 
 def test_record_of_a_bound_holds_its_figures():

@@ -57,7 +57,7 @@ class Claim:
     row, sentence : str
         The outcome in figures, and in words.
     figures : dict
-        What the ledger shows: plain numbers, lists and strings.
+        What the ledger shows: plain numbers and lists, and under ``shown`` which entry the row shows.
     problems : list of str
         Why the claim failed; empty if it passed.
     """
@@ -285,7 +285,7 @@ def check_agree(
         "stderr": _plain(stderr),
         "z": _plain(z),
         "would_catch": _plain(catches.max()),
-        "worst": where.strip(),
+        "shown": int(np.abs(z).argmax()),
     }
     return Claim(id, case, "agree", row, sentence, figures, problems)
 
@@ -307,13 +307,14 @@ def check_exact(
     relative = np.abs(formula - computed) / scale
     passed = bool((relative <= rtol).all())
     # Among entries that are equal to rounding, which one is worst differs from one processor to the next.
-    shown = (0,) * relative.ndim if passed else np.unravel_index(relative.argmax(), relative.shape)
+    at = 0 if passed else int(relative.argmax())
+    shown = np.unravel_index(at, relative.shape)
     where = "" if passed else _where(shown, None)
     signs = ("=", "equal") if passed else ("≠", "not equal")
     row = f"{_entries(relative, where)}{formula[shown]:.5g} {signs[0]} {computed[shown]:.5g}  {signs[1]} to {rtol:.0e}"
     problems = [] if passed else [f"two computations{where} differ by {_percent(relative.max())}"]
     sentence = f"Two independent computations agree, to {-math.log10(rtol):.0f} digits."
-    figures = {"formula": _plain(formula), "computed": _plain(computed), "rtol": rtol}
+    figures = {"formula": _plain(formula), "computed": _plain(computed), "rtol": rtol, "shown": at}
     return Claim(id, case, "exact", row, sentence, figures, problems)
 
 
@@ -360,7 +361,12 @@ def check_bounded(
             row += "  control rejected"
         else:
             problems.append("the control, which should break the bound, does not")
-    figures = {"observed": _plain(value), "bound": _plain(bound), "slack": None if slack is None else _plain(slack)}
+    figures = {
+        "observed": _plain(value),
+        "bound": _plain(bound),
+        "slack": None if slack is None else _plain(slack),
+        "shown": int(closeness.argmax()),
+    }
     return Claim(id, case, "bounded", row, sentence + ".", figures, problems)
 
 

@@ -109,17 +109,16 @@ def _totals(records: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def _row(record: Mapping[str, Any], page: str, source: str) -> dict[str, Any]:
-    derived = simulated = z = catches = ""
+    derived = z = catches = ""
+    at = record["shown"]
     if record["kind"] == "agree":
-        at = int(np.abs(np.ravel(record["z"])).argmax())
         derived = "" if record["derived"] is None else _figure(record["derived"], at)
         theory = _figure(record["formula"], at)
         simulated = f"{_figure(record['simulated'], at)} ± {np.ravel(record['stderr'])[at]:.2g}"
         z, catches = f"{np.ravel(record['z'])[at]:+.2f}", f"{100 * record['would_catch']:.2g} %"
     elif record["kind"] == "exact":
-        theory, simulated = _figure(record["formula"], 0), _figure(record["computed"], 0)
+        theory, simulated = _figure(record["formula"], at), _figure(record["computed"], at)
     else:
-        at = int(np.argmax(np.ravel(record["observed"]) - np.ravel(record["bound"])))
         theory, simulated = f"≤ {_figure(record['bound'], at)}", _figure(record["observed"], at)
     cells = (record["case"], source, derived, theory, simulated, z, catches)
     return {"id": record["id"], "chapter": record["id"].partition(".")[0], "page": page, "cells": cells}

@@ -12,7 +12,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from helpers.lab.claims import GO_ON
+from helpers.lab.ledger import stored_claims
 
 FALSE_ALARM = 1e-4  # of each of the two tests of the z-scores
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -35,8 +36,8 @@ class Run:
 
     notebook: str
     seed: int
-    claims: list[dict[str, Any]] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
+    claims: list[dict[str, Any]]
+    errors: list[str]
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -65,19 +66,16 @@ def execute(name: str, text: str, seed: int) -> Run:
     Run
     """
     notebook = nbformat.reads(text, as_version=4)
-    environment = (
-        os.environ | dict.fromkeys(ONE_THREAD, "1") | {"BOOK_SEED": str(seed), GO_ON: "1", "TQDM_DISABLE": "1"}
-    )
+    settings = {"BOOK_SEED": str(seed), GO_ON: "1", "TQDM_DISABLE": "1"} | dict.fromkeys(ONE_THREAD, "1")
     client = nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", allow_errors=True)
-    client.execute(env=environment)
-    run = Run(name, seed)
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if "claim" in output.get("metadata", {}):
-                run.claims.append(output.metadata.claim)
-            if output.output_type == "error":
-                run.errors.append(f"cell {cell.id}: {output.ename}: {output.evalue}")
-    return run
+    client.execute(env=os.environ | settings)
+    errors = [
+        f"cell {cell.id}: {output.ename}: {output.evalue}"
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+    ]
+    return Run(name, seed, stored_claims(notebook), errors)
 
 
 def sweep(notebooks: Sequence[Path], seeds: Sequence[int], jobs: int = -1) -> Iterator[Run]:
@@ -128,9 +126,8 @@ def report(runs: Sequence[Run]) -> int:
     for run in runs:
         for claim in run.failed:
             case = f" [{claim['case']}]" if claim["case"] else ""
-            print(
-                f"FAILED {claim['id']}{case} under BOOK_SEED={run.seed}: {claim['row']}: {'; '.join(claim['problems'])}"
-            )
+            why = "; ".join(claim["problems"])
+            print(f"FAILED {claim['id']}{case} under BOOK_SEED={run.seed}: {claim['row']}: {why}")
         for error in run.errors:
             print(f"ERROR in {run.notebook} under BOOK_SEED={run.seed}: {error}")
     checked, failed, largest = Counter(), Counter(), defaultdict(float)
