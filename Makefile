@@ -24,8 +24,8 @@ test execute ledger: export OMP_NUM_THREADS := 1
 test execute ledger: export OPENBLAS_NUM_THREADS := 1
 test execute ledger: export MKL_NUM_THREADS := 1
 test execute ledger: export VECLIB_MAXIMUM_THREADS := 1
-EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
-  --log-level=WARN
+EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level=WARN \
+  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=ERROR
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -343,6 +343,11 @@ def test_batch_loss_is_constant_at_the_smallest_correlation(marginal, batch_size
     assert losses.std(1).min() > 0
 
 
+def test_losses_can_be_drawn_at_a_correlation_that_rounding_moved_below_the_smallest():
+    losses = correlated_losses(100, 8, "test.equicorrelated.rounded", correlation=np.nextafter(-1 / 7, -1))
+    torch.testing.assert_close(losses.mean(1), torch.full((100,), MEAN, dtype=torch.float64), rtol=0, atol=1e-7)
+
+
 def test_losses_of_a_batch_are_identical_at_correlation_one():
     losses = equicorrelated_losses(100, 5, **SOURCES, correlation=1, generator=generator("test.equicorrelated.one"))
     assert (losses == losses[:, :1]).all()
@@ -443,6 +448,22 @@ def test_intraclass_correlation_takes_two_batches_of_two():
     estimate = intraclass_correlation(torch.tensor(losses, dtype=torch.float64))
     assert isinstance(estimate, Estimate)
     assert estimate.value == pytest.approx(anova_by_loops(losses), rel=1e-11)
+
+
+def test_intraclass_correlation_may_be_negative():
+    losses = correlated_losses(300, 3, "test.icc.negative", correlation=-0.4)
+    estimate = intraclass_correlation(losses)
+    assert estimate.value == pytest.approx(anova_by_loops(losses.tolist()), rel=1e-11)
+    assert estimate.value < 0
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [([[0, 0, 0], [1, 1, 1], [5, 5, 5]], 1), ([[0, 2, 7]] * 3, -1 / 2), ([[0, 1], [1, 0], [0, 1]], -1)],
+)
+def test_intraclass_correlation_reaches_both_its_ends(losses, expected):
+    estimate = intraclass_correlation(torch.tensor(losses, dtype=torch.float64))
+    assert (estimate.value, estimate.stderr) == pytest.approx((expected, 0), abs=1e-12)
 
 
 def test_intraclass_correlation_computes_in_float64():

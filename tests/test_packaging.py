@@ -1,43 +1,13 @@
-"""conda users, pip users and CI get the same packages."""
+"""What is installed, directly or not, is what constraints.txt says."""
 
-import re
-import tomllib
 from importlib import metadata
-from itertools import chain
 from pathlib import Path
 
-import pytest
-import yaml
+import book_promises
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EXTRAS = PROJECT["optional-dependencies"]
-
-
-def pins():
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
-
-
-def test_every_constraint_is_one_exact_version_that_installs_anywhere():
-    for pin in pins():
-        assert re.fullmatch(r"==[^*+]+", str(pin.specifier)), f"{pin} must be an exact version without a local suffix"
-
-
-def test_torch_is_pinned_once():
-    assert [str(pin) for pin in pins() if pin.name == "torch"] == ["torch==2.13.0"]
-
-
-@pytest.mark.parametrize("requirement", list(chain(PROJECT["dependencies"], *EXTRAS.values())))
-def test_every_range_admits_its_constraint(requirement):
-    wanted = Requirement(requirement)
-    chosen = [pin for pin in pins() if canonicalize_name(pin.name) == canonicalize_name(wanted.name)]
-    assert chosen, f"{wanted.name} has no line in constraints.txt"
-    for pin in chosen:
-        (version,) = (specifier.version for specifier in pin.specifier)
-        assert wanted.specifier.contains(version, prereleases=True), f"{wanted} does not admit {pin}"
 
 
 def requirements_of(name, extras):
@@ -58,22 +28,12 @@ def requirements_of(name, extras):
 
 
 def test_what_is_installed_is_what_the_constraints_say():
-    wanted = {canonicalize_name(pin.name): pin for pin in pins() if not pin.marker or pin.marker.evaluate()}
-    installed = requirements_of(PROJECT["name"], ("book", "test"))
-    del installed[PROJECT["name"]]
+    pins = [pin for pin in book_promises.constraints(ROOT) if not pin.marker or pin.marker.evaluate()]
+    wanted = {canonicalize_name(pin.name): pin for pin in pins}
+    project = book_promises.project(ROOT)["name"]
+    installed = requirements_of(project, ("book", "test"))
+    del installed[project]
     assert len(installed) > 50
     for name, version in installed.items():
         assert name in wanted, f"{name} is installed but has no line in constraints.txt"
         assert wanted[name].specifier.contains(version, prereleases=True), f"{name} {version} is not {wanted[name]}"
-
-
-def test_environment_yml_installs_this_package_with_all_that_a_reader_needs():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-    *from_conda, from_pip = environment["dependencies"]
-    assert environment["name"] == PROJECT["name"]
-    assert from_conda == ["python=3.11", "pip"]
-    assert Requirement("python" + PROJECT["requires-python"]).specifier.contains("3.11")
-    constraint, editable = from_pip["pip"]
-    assert constraint == "--constraint constraints.txt"
-    extras = re.fullmatch(r"--editable \.\[(.+)\]", editable)[1].split(",")
-    assert set(extras) == EXTRAS.keys() - {"constraints"}

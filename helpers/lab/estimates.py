@@ -76,6 +76,7 @@ class Proportion(Estimate):
 
     @staticmethod
     def natural_scale(formula: np.ndarray) -> np.ndarray:
+        """What an error is a fraction of: ``min(p, 1 - p)``."""
         return np.minimum(formula, 1 - formula)
 
 
@@ -84,6 +85,7 @@ class Covariance(Estimate):
 
     @staticmethod
     def natural_scale(formula: np.ndarray) -> np.ndarray:
+        """What an error is a fraction of: ``sqrt(C_ii C_jj)``."""
         std = np.sqrt(np.diagonal(formula, axis1=-2, axis2=-1))
         return std[..., :, None] * std[..., None, :]
 

@@ -67,7 +67,8 @@ def execute(name: str, text: str, seed: int) -> Run:
     """
     notebook = nbformat.reads(text, as_version=4)
     settings = {"BOOK_SEED": str(seed), GO_ON: "1", "TQDM_DISABLE": "1"} | dict.fromkeys(ONE_THREAD, "1")
-    client = nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", allow_errors=True)
+    options = {"timeout": None, "kernel_name": "python3", "allow_errors": True}
+    client = nbclient.NotebookClient(notebook, extra_arguments=["--IPKernelApp.log_level=ERROR"], **options)
     client.execute(env=os.environ | settings)
     errors = [
         f"cell {cell.id}: {output.ename}: {output.evalue}"

@@ -1,0 +1,288 @@
+"""What the book promises of itself, as functions from the repository's folder to a list of broken promises."""
+
+import ast
+import json
+import re
+import tomllib
+from collections import defaultdict
+from itertools import chain
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from helpers.lab.ledger import stored_claims
+
+FORBIDDEN_IMPORTS = {"random", "secrets", "time", "datetime"}
+FORBIDDEN_CALLS = {"manual_seed", "seed", "default_rng", "RandomState", "initial_seed", "Generator", "cuda", "mps"}
+FORBIDDEN_KEYWORDS = {"seed", "random_state"}
+DEVICE_NAME = re.compile(r"(cpu|cuda(:\d+)?|mps)")
+# runtime is where seeds and devices come from; reseed draws the seeds that it hands to runtime.
+EXEMPT = {"helpers/lab/runtime.py", "helpers/lab/reseed.py"}
+
+
+def notebooks(root):
+    """Yield each notebook's path and cells; Jupyter's checkpoints are not part of the book."""
+    for path in sorted((root / "book").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" not in path.parts:
+            yield path, json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def place(root, path, number=None, cell=None):
+    name = path.relative_to(root).as_posix()
+    return name if number is None else f"{name} cell {number} ({cell.get('id', 'no id')})"
+
+
+def texts(root):
+    """Yield place and text of everything a reader reads: Markdown pages and Markdown cells."""
+    for path in sorted((root / "book").rglob("*.md")):
+        if ".ipynb_checkpoints" not in path.parts:
+            yield path, place(root, path), path.read_text(encoding="utf-8")
+    for path, cells in notebooks(root):
+        for number, cell in enumerate(cells):
+            if cell["cell_type"] == "markdown":
+                yield path, place(root, path, number, cell), source(cell)
+
+
+def toc_entries(root):
+    def files(node):
+        if isinstance(node, dict):
+            for key, value in node.items():
+                if key in ("root", "file"):
+                    yield value
+                else:
+                    yield from files(value)
+        elif isinstance(node, list):
+            for item in node:
+                yield from files(item)
+
+    return list(files(yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))))
+
+
+def missing_pages(root):
+    """Every file in _toc.yml exists, and every notebook and page under book/ is in it."""
+    listed = toc_entries(root)
+    problems = [
+        f"_toc.yml: {entry} does not exist"
+        for entry in listed
+        if not any((root / f"{entry}{suffix}").exists() for suffix in (".md", ".ipynb"))
+    ]
+    pages = {path for path, *_ in notebooks(root)} | {path for path, *_ in texts(root)}
+    unlisted = [page for page in sorted(pages) if page.relative_to(root).with_suffix("").as_posix() not in listed]
+    return problems + [f"{place(root, page)} is not in _toc.yml" for page in unlisted]
+
+
+def unmatched_claims(root):
+    """Every registered claim is shown in exactly one notebook, and every claim shown is registered."""
+    registered = yaml.safe_load((root / "book" / "claims.yml").read_text(encoding="utf-8")) or {}
+    homes, problems = defaultdict(set), []
+    for path, cells in notebooks(root):
+        for number, cell in enumerate(cells):
+            for claim in stored_claims({"cells": [cell]}):
+                homes[claim["id"]].add(place(root, path))
+                if claim["id"] not in registered:
+                    problems.append(f"{place(root, path, number, cell)}: {claim['id']} is not in claims.yml")
+                if not claim["passed"]:
+                    problems.append(f"{place(root, path, number, cell)}: {claim['id']} is stored as failed")
+    problems += [f"claims.yml: {id} is shown in no notebook" for id in registered if id not in homes]
+    return problems + [
+        f"{id} is shown in more than one notebook: {', '.join(sorted(paths))}"
+        for id, paths in homes.items()
+        if len(paths) > 1
+    ]
+
+
+def unexecuted_cells(root):
+    """Every notebook is stored fully executed, top to bottom, without errors or stderr."""
+    problems = []
+    for path, cells in notebooks(root):
+        expected = 0
+        for number, cell in enumerate(cells):
+            if cell["cell_type"] != "code" or not source(cell).strip():
+                continue
+            expected += 1
+            where = place(root, path, number, cell)
+            if cell["execution_count"] != expected:
+                problems.append(f"{where}: execution count {cell['execution_count']}, wanted {expected}")
+            for output in cell["outputs"]:
+                if output["output_type"] == "error":
+                    problems.append(f"{where}: stores the error {output['ename']}")
+                if output.get("name") == "stderr":
+                    problems.append(f"{where}: stores text on stderr")
+    return problems
+
+
+def undescribed_figures(root):
+    """Every figure has alt text and a caption; every image in the text has alt text."""
+    problems = []
+    for path, cells in notebooks(root):
+        for number, cell in enumerate(cells):
+            if not any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+                continue
+            described = cell["metadata"].get("mystnb", {})
+            if not described.get("image", {}).get("alt", "").strip():
+                problems.append(f"{place(root, path, number, cell)}: a figure without alt text")
+            if not described.get("figure", {}).get("caption", "").strip():
+                problems.append(f"{place(root, path, number, cell)}: a figure without a caption")
+    for _, where, text in texts(root):
+        problems += [
+            f"{where}: the image {name} has no alt text"
+            for name, options in re.findall(r"\{(?:image|figure)\} (\S+)\n((?::.*\n)*)", text)
+            if not re.search(r":alt: *\S", options)
+        ]
+        problems += [f"{where}: the image {name} has no alt text" for name in re.findall(r"!\[\s*\]\((.*?)\)", text)]
+    return problems
+
+
+def unresolved_references(root):
+    """Every citation, glossary term, theorem, label, page and glued number that the text refers to exists."""
+    everything = list(texts(root))
+    bibliography = "".join(path.read_text(encoding="utf-8") for path in (root / "book").glob("*.bib"))
+    cited = set(re.findall(r"@\w+\{([^,\s]+),", bibliography))
+    terms = {
+        line.strip().lower()
+        for _, _, text in everything
+        for block in re.findall(r"```\{glossary\}\n(.*?)```", text, flags=re.DOTALL)
+        for line in block.splitlines()
+        if line and not line.startswith(" ")
+    }
+    labels = {
+        label
+        for _, _, text in everything
+        for pattern in (r"^:label: *(\S+)", r"^:name: *(\S+)", r"^\(([^()\s]+)\)=$")
+        for label in re.findall(pattern, text, flags=re.MULTILINE)
+    }
+    glued = defaultdict(set)
+    for path, cells in notebooks(root):
+        for cell in cells:
+            labels |= {cell["metadata"].get("mystnb", {}).get("figure", {}).get("name")}
+            for output in cell.get("outputs", []):
+                glued[path] |= {output.get("metadata", {}).get("scrapbook", {}).get("name")}
+
+    def resolves(path, role, target):
+        if role.startswith("cite"):
+            return set(target.replace(" ", "").split(",")) <= cited
+        if role == "term":
+            return target.lower() in terms
+        if role == "doc":
+            return any((path.parent / f"{target}{suffix}").exists() for suffix in (".md", ".ipynb"))
+        if role == "glue:text":
+            name, _, rest = target.partition("::")
+            return rest.split(":")[0] in glued[(path.parent / name).resolve()]
+        return target in labels
+
+    problems = []
+    for path, where, text in everything:
+        for role, content in re.findall(r"\{(cite:\w+|term|prf:ref|ref|numref|doc|glue:text)\}`([^`]+)`", text):
+            target = re.sub(r"^.*<(.+)>$", r"\1", content, flags=re.DOTALL)
+            if not resolves(path.resolve(), role, target):
+                problems.append(f"{where}: {{{role}}}`{content}` refers to nothing")
+    return problems
+
+
+def unmapped_sources(root):
+    """Every source section and problem number of claims.yml stands in source_map.md."""
+    registered = yaml.safe_load((root / "book" / "claims.yml").read_text(encoding="utf-8")) or {}
+    rows = [line for line in (root / "book" / "source_map.md").read_text(encoding="utf-8").splitlines() if "|" in line]
+    problems = []
+    for id, entry in registered.items():
+        for part in filter(None, re.split(r",\s*", entry.get("source", ""))):
+            if not any(re.search(rf"{re.escape(part)}(?![\d.])", row) for row in rows):
+                problems.append(f"claims.yml: {id} has the source {part}, which no row of source_map.md names")
+    return problems
+
+
+def missing_errata(root):
+    """Every erratum that claims.yml names is an entry of errata.md."""
+    registered = yaml.safe_load((root / "book" / "claims.yml").read_text(encoding="utf-8")) or {}
+    anchors = re.findall(r"^\((\S+)\)=$", (root / "book" / "errata.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [
+        f"claims.yml: {id} has the erratum {entry['erratum']}, which errata.md does not have"
+        for id, entry in registered.items()
+        if "erratum" in entry and entry["erratum"] not in anchors
+    ]
+
+
+def hidden_state(root):
+    """No notebook and no helper seeds a generator, reads the clock or names a device, except helpers.lab.runtime."""
+    problems = []
+    for path in sorted((root / "helpers").rglob("*.py")):
+        if path.relative_to(root).as_posix() not in EXEMPT:
+            problems += [f"{place(root, path)}: {found}" for found in forbidden(path.read_text(encoding="utf-8"))]
+    for path, cells in notebooks(root):
+        for number, cell in enumerate(cells):
+            if cell["cell_type"] == "code":
+                problems += [f"{place(root, path, number, cell)}: {found}" for found in forbidden(source(cell))]
+    return problems
+
+
+def forbidden(code):
+    """Yield what a piece of code does to seeds, clocks and devices."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            modules = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        for module in modules:
+            if module.partition(".")[0] in FORBIDDEN_IMPORTS or module == "numpy.random":
+                yield f"imports {module}"
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in FORBIDDEN_CALLS or ".random." in f"{ast.unparse(node.func)}.":
+                yield f"calls {ast.unparse(node.func)}"
+            yield from (f"passes {word.arg}=" for word in node.keywords if word.arg in FORBIDDEN_KEYWORDS)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and DEVICE_NAME.fullmatch(node.value):
+            yield f"names the device {node.value!r}"
+
+
+def constraints(root):
+    lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def project(root):
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def disagreeing_packages(root):
+    """environment.yml, pyproject.toml and constraints.txt agree: conda users, pip users and CI get the same."""
+    problems, pins = [], defaultdict(list)
+    for pin in constraints(root):
+        pins[canonicalize_name(pin.name)].append(pin)
+        if not re.fullmatch(r"==[^*+]+", str(pin.specifier)):
+            problems.append(f"constraints.txt: {pin} is not one exact version that installs anywhere")
+    extras = project(root)["optional-dependencies"]
+    for wanted in map(Requirement, chain(project(root)["dependencies"], *extras.values())):
+        chosen = pins[canonicalize_name(wanted.name)]
+        if not chosen:
+            problems.append(f"constraints.txt: {wanted.name} of pyproject.toml has no line")
+        for pin in chosen:
+            if not all(wanted.specifier.contains(version.version, prereleases=True) for version in pin.specifier):
+                problems.append(f"constraints.txt: {pin} is outside pyproject.toml's {wanted}")
+
+    environment = yaml.safe_load((root / "environment.yml").read_text(encoding="utf-8"))
+    *from_conda, from_pip = environment["dependencies"]
+    for_readers = [name for name in extras if name != "constraints"]
+    wanted = ["--constraint constraints.txt", f"--editable .[{','.join(for_readers)}]"]
+    if [re.split("[=<>]", package)[0] for package in from_conda] != ["python", "pip"]:
+        problems.append(f"environment.yml: conda should install python and pip, not {from_conda}")
+    if from_pip.get("pip") != wanted:
+        problems.append(f"environment.yml: pip should get {wanted}, not {from_pip.get('pip')}")
+    return problems
+
+
+PROMISES = (
+    disagreeing_packages,
+    missing_pages,
+    unmatched_claims,
+    unexecuted_cells,
+    undescribed_figures,
+    unresolved_references,
+    unmapped_sources,
+    missing_errata,
+    hidden_state,
+)

@@ -1,0 +1,272 @@
+"""The book keeps its promises, and each promise would notice a book that breaks it."""
+
+import json
+from pathlib import Path
+
+import book_promises
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHAPTER = "book/part/chapter.ipynb"
+
+
+@pytest.mark.parametrize("promise", book_promises.PROMISES, ids=lambda promise: promise.__name__)
+def test_the_book_keeps_its_promise(promise):
+    assert promise(ROOT) == []
+
+
+# A small book that keeps all promises, and ways to break it.
+
+
+def markdown_cell(text, id="prose"):
+    return {"cell_type": "markdown", "id": id, "metadata": {}, "source": text}
+
+
+def code_cell(code, count, outputs=(), id="code", **metadata):
+    return {
+        "cell_type": "code",
+        "id": id,
+        "metadata": metadata,
+        "execution_count": count,
+        "outputs": list(outputs),
+        "source": code,
+    }
+
+
+def claim_output(id="chapter.claim", passed=True):
+    return {"output_type": "display_data", "data": {}, "metadata": {"claim": {"id": id, "passed": passed}}}
+
+
+FIGURE = {"output_type": "display_data", "data": {"image/png": "…"}, "metadata": {}}
+DESCRIBED = {"image": {"alt": "A line."}, "figure": {"caption": "See the line.", "name": "fig-line"}}
+GLUED = {"output_type": "display_data", "data": {}, "metadata": {"scrapbook": {"name": "number"}}}
+PROSE = """
+{prf:ref}`chapter.claim` {numref}`fig-line` {term}`batches <batch>` {term}`Batch` {cite:t}`one, two` {doc}`../page`
+{ref}`here <a-label>` {glue:text}`chapter.ipynb::number:s`
+```{prf:theorem}
+:label: chapter.claim
+```
+```{image} ../images/a.svg
+:alt: A picture.
+```
+"""
+
+
+def chapter_cells():
+    return [
+        markdown_cell(PROSE),
+        code_cell("x = 1", 1, [claim_output(), GLUED], id="first"),
+        code_cell("", None, id="empty"),
+        code_cell("draw()", 2, [FIGURE], id="figure", mystnb=DESCRIBED),
+    ]
+
+
+@pytest.fixture
+def root(tmp_path):
+    files = {
+        "_toc.yml": "root: book/page\nparts:\n  - chapters:\n      - file: book/part/chapter\n"
+        "      - file: book/source_map\n      - file: book/errata\n",
+        "book/page.md": "(a-label)=\n```{glossary}\nbatch\n  批量. Some examples.\n```\n",
+        "book/references.bib": "@book{one,\n}\n@article{two,\n}\n",
+        "book/claims.yml": 'chapter.claim:\n  title: A\n  source: "A §1, #123"\n  erratum: wrong\n',
+        "book/source_map.md": "| A §1 | subject | #123 |\n",
+        "book/errata.md": "(wrong)=\n",
+        "helpers/lab/runtime.py": "import torch\ntorch.manual_seed(0)\ntorch.device('cpu')\n",
+        "helpers/chapter.py": "import torch\n",
+        "pyproject.toml": '[project]\ndependencies = ["numpy>=2"]\n'
+        '[project.optional-dependencies]\nbook = ["sphinx<8"]\nconstraints = ["uv"]\n',
+        "constraints.txt": "numpy==2.1\nsphinx==7.4 ; python_version < '4'\nuv==0.1\n",
+        "environment.yml": "dependencies:\n- python=3.11\n- pip\n- pip:\n  - --constraint constraints.txt\n"
+        "  - --editable .[book]\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    write_chapter(tmp_path, chapter_cells())
+    return tmp_path
+
+
+def write_chapter(root, cells, name=CHAPTER):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(json.dumps({"cells": cells}), encoding="utf-8")
+
+
+def replace(root, name, old, new):
+    text = (root / name).read_text(encoding="utf-8")
+    assert old in text
+    (root / name).write_text(text.replace(old, new), encoding="utf-8")
+
+
+def the_problem(promise, root):
+    (problem,) = promise(root)
+    return problem
+
+
+@pytest.mark.parametrize("promise", book_promises.PROMISES, ids=lambda promise: promise.__name__)
+def test_a_good_book_has_no_problems(root, promise):
+    assert promise(root) == []
+
+
+def test_a_page_that_does_not_exist_is_noticed(root):
+    (root / "book/errata.md").unlink()
+    assert the_problem(book_promises.missing_pages, root) == "_toc.yml: book/errata does not exist"
+
+
+@pytest.mark.parametrize("name", ["book/part/other.ipynb", "book/other.md"])
+def test_a_page_that_is_not_listed_is_noticed(root, name):
+    write_chapter(root, [], name)
+    assert the_problem(book_promises.missing_pages, root) == f"{name} is not in _toc.yml"
+
+
+def test_checkpoints_are_not_pages(root):
+    write_chapter(root, [code_cell("x", None)], "book/part/.ipynb_checkpoints/chapter-checkpoint.ipynb")
+    assert [problem for promise in book_promises.PROMISES for problem in promise(root)] == []
+
+
+def test_a_claim_that_is_not_shown_is_noticed(root):
+    replace(root, "book/claims.yml", "chapter.claim:", "chapter.other: {title: B}\nchapter.claim:")
+    assert the_problem(book_promises.unmatched_claims, root) == "claims.yml: chapter.other is shown in no notebook"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (claim_output("chapter.new"), "chapter.new is not in claims.yml"),
+        (claim_output(passed=False), "chapter.claim is stored as failed"),
+    ],
+)
+def test_a_claim_that_is_not_registered_or_failed_is_noticed(root, output, message):
+    write_chapter(root, [*chapter_cells(), code_cell("x", 3, [output], id="last")])
+    assert the_problem(book_promises.unmatched_claims, root) == f"{CHAPTER} cell 4 (last): {message}"
+
+
+def test_a_claim_in_two_notebooks_is_noticed(root):
+    write_chapter(root, chapter_cells(), "book/part/twin.ipynb")
+    problem = the_problem(book_promises.unmatched_claims, root)
+    assert problem == f"chapter.claim is shown in more than one notebook: {CHAPTER}, book/part/twin.ipynb"
+
+
+@pytest.mark.parametrize(("count", "shown"), [(None, "None"), (1, "1"), (7, "7")])
+def test_a_cell_that_was_not_executed_in_its_turn_is_noticed(root, count, shown):
+    write_chapter(root, [*chapter_cells(), code_cell("x", count, id="last")])
+    problem = the_problem(book_promises.unexecuted_cells, root)
+    assert problem == f"{CHAPTER} cell 4 (last): execution count {shown}, wanted 3"
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({"output_type": "error", "ename": "KeyError"}, "stores the error KeyError"),
+        ({"output_type": "stream", "name": "stderr", "text": "!"}, "stores text on stderr"),
+    ],
+)
+def test_stored_errors_and_stderr_are_noticed(root, output, message):
+    write_chapter(root, [*chapter_cells(), code_cell("x", 3, [output], id="last")])
+    assert the_problem(book_promises.unexecuted_cells, root) == f"{CHAPTER} cell 4 (last): {message}"
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"figure": {"caption": "See."}}, "a figure without alt text"),
+        ({"image": {"alt": "  "}, "figure": {"caption": "See."}}, "a figure without alt text"),
+        ({"image": {"alt": "A line."}}, "a figure without a caption"),
+    ],
+)
+def test_a_figure_without_a_description_is_noticed(root, described, message):
+    write_chapter(root, [*chapter_cells(), code_cell("x", 3, [FIGURE], id="last", mystnb=described)])
+    assert the_problem(book_promises.undescribed_figures, root) == f"{CHAPTER} cell 4 (last): {message}"
+
+
+@pytest.mark.parametrize("text", ["```{image} a.svg\n:width: 100%\n```", "![](a.svg)"])
+def test_an_image_without_alt_text_is_noticed(root, text):
+    write_chapter(root, [*chapter_cells(), markdown_cell(text, id="last")])
+    problem = the_problem(book_promises.undescribed_figures, root)
+    assert problem == f"{CHAPTER} cell 4 (last): the image a.svg has no alt text"
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "{prf:ref}`chapter.other`",
+        "{numref}`fig-other`",
+        "{ref}`there <b-label>`",
+        "{term}`batches <bach>`",
+        "{cite:t}`one, three`",
+        "{doc}`../pages`",
+        "{glue:text}`chapter.ipynb::numbers:s`",
+        "{glue:text}`other.ipynb::number:s`",
+    ],
+)
+def test_a_reference_to_nothing_is_noticed(root, reference):
+    write_chapter(root, [*chapter_cells(), markdown_cell(reference, id="last")])
+    problem = the_problem(book_promises.unresolved_references, root)
+    assert problem == f"{CHAPTER} cell 4 (last): {reference} refers to nothing"
+
+
+def test_a_reference_on_a_page_names_the_page(root):
+    replace(root, "book/page.md", "(a-label)=", "(a-label)=\n{term}`bach`\n")
+    assert the_problem(book_promises.unresolved_references, root) == "book/page.md: {term}`bach` refers to nothing"
+
+
+@pytest.mark.parametrize(("old", "new"), [("A §1", "A §12"), ("#123", "#1234"), ("#123", "#12")])
+def test_a_source_that_is_not_mapped_is_noticed(root, old, new):
+    replace(root, "book/source_map.md", old, new)
+    problem = the_problem(book_promises.unmapped_sources, root)
+    assert problem == f"claims.yml: chapter.claim has the source {old}, which no row of source_map.md names"
+
+
+def test_an_erratum_that_does_not_exist_is_noticed(root):
+    replace(root, "book/errata.md", "(wrong)=", "(right)=")
+    assert "has the erratum wrong" in the_problem(book_promises.missing_errata, root)
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("torch.manual_seed(0)", "calls torch.manual_seed"),
+        ("generator.seed()", "calls generator.seed"),
+        ("np.random.seed(1)", "calls np.random.seed"),
+        ("np.random.normal(size=3)", "calls np.random.normal"),
+        ("default_rng(3)", "calls default_rng"),
+        ("torch.Generator()", "calls torch.Generator"),
+        ("split(x, random_state=0)", "passes random_state="),
+        ("import time", "imports time"),
+        ("from datetime import datetime", "imports datetime"),
+        ("import random", "imports random"),
+        ("from numpy.random import normal", "imports numpy.random"),
+        ("x.to('cuda:1')", "names the device 'cuda:1'"),
+        ("torch.zeros(2, device='cpu')", "names the device 'cpu'"),
+        ("x.cuda()", "calls x.cuda"),
+    ],
+)
+def test_seeds_clocks_and_devices_are_noticed_in_notebooks_and_helpers(root, code, found):
+    write_chapter(root, [*chapter_cells(), code_cell(code, 3, id="last")])
+    assert the_problem(book_promises.hidden_state, root) == f"{CHAPTER} cell 4 (last): {found}"
+    write_chapter(root, chapter_cells())
+    (root / "helpers/chapter.py").write_text(code, encoding="utf-8")
+    assert the_problem(book_promises.hidden_state, root) == f"helpers/chapter.py: {found}"
+
+
+@pytest.mark.parametrize("code", ["x.cpu()", "run.seed", "generator('a')", "torch.rand(3, generator=g)", "'a cpu'"])
+def test_what_only_looks_like_hidden_state_passes(root, code):
+    write_chapter(root, [*chapter_cells(), code_cell(code, 3)])
+    assert book_promises.hidden_state(root) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("constraints.txt", "numpy==2.1", "numpy==1.9", "constraints.txt: numpy==1.9 is outside"),
+        ("constraints.txt", "numpy==2.1", "numpy==2.1+cpu", "constraints.txt: numpy==2.1+cpu is not one exact version"),
+        ("constraints.txt", "numpy==2.1", "numpy>=2.1", "constraints.txt: numpy>=2.1 is not one exact version"),
+        ("constraints.txt", "numpy==2.1\n", "", "constraints.txt: numpy of pyproject.toml has no line"),
+        ("pyproject.toml", "sphinx<8", "sphinx<7", "constraints.txt: sphinx==7.4"),
+        ("environment.yml", "- pip\n", "- pip\n- numpy\n", "environment.yml: conda should install python and pip"),
+        ("environment.yml", ".[book]", ".", "environment.yml: pip should get"),
+        ("environment.yml", "  - --constraint constraints.txt\n", "", "environment.yml: pip should get"),
+    ],
+)
+def test_packages_that_disagree_are_noticed(root, name, old, new, message):
+    replace(root, name, old, new)
+    assert the_problem(book_promises.disagreeing_packages, root).startswith(message)
