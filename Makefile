@@ -37,8 +37,8 @@ html: $(VENV)/.installed-book
 	$(BIN)/jupyter-book build . -W -n --keep-going --all
 
 test: $(VENV)/.installed-test lint  ## check everything that CI checks
-	$(BIN)/pytest -n $(JOBS) tests
-	PYTHONPATH=tests/no_network $(BIN)/pytest --nbval --nbval-current-env -n $(JOBS) --dist loadscope book
+	$(BIN)/pytest -n $(JOBS) --dist loadfile tests
+	PYTHONPATH=$(CURDIR)/tests/no_network $(BIN)/pytest --nbval --nbval-current-env -n $(JOBS) --dist loadscope book
 	$(MAKE) html
 
 lint: $(VENV)/.installed-test

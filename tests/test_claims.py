@@ -874,7 +874,7 @@ def test_record_of_an_agreement_holds_its_figures():
     estimates = [good(1.3333, 0.001), good(0.03126, 0.00002), good(2.45, 0.002)]
     claim = check_agree(ID, estimates, formula=variance, derived=s**2 / m, at=SETTINGS)
     record = claim._repr_mimebundle_()[1]["claim"]
-    assert record["formula"] == record["derived"] == [1.3333333, 0.03125, 2.45]
+    assert record["formula"] == record["derived"] == [4 / 3, 0.03125, 2.45]
     assert record["simulated"] == [1.3333, 0.03126, 2.45]
     assert record["stderr"] == [0.001, 0.00002, 0.002]
     assert record["z"] == pytest.approx([-1 / 30, 0.5, 0], abs=1e-6)

@@ -262,7 +262,7 @@ def check_agree(
         off = np.unravel_index(np.abs(derivation - theory).argmax(), theory.shape)
         problems.append(f"derived {derivation[off]:.10g} is not the formula's {theory[off]:.10g}{_where(off, at)}")
     if not np.all(catches <= resolution * (1 + ROUNDING)):
-        problems.append(f"too noisy: would catch {_percent(catches.max())}, wanted {_percent(resolution)}")
+        problems.append(f"too noisy: would catch {percent(catches.max())}, wanted {percent(resolution)}")
     if (skew > MAX_LOG_TAIL_ERROR).any():
         problems.append(f"too skewed for its sample: |γ|c³/(3√n) = {skew.max():.2g} must not exceed ln 2 = 0.69")
     if not np.all(np.abs(z) <= critical):
@@ -271,12 +271,12 @@ def check_agree(
     equals = f"{derivation[worst]:.5g} = " if derivation is not None else ""
     row = (
         f"{_entries(z, where)}{equals}{theory[worst]:.5g} ≈ {simulated.value[worst]:.5g} ± {stderr[worst]:.2g}  "
-        f"z {z[worst]:+.2f}  would catch {_percent(catches.max())}"
+        f"z {z[worst]:+.2f}  would catch {percent(catches.max())}"
     )
     sentence = (
         f"The simulation agrees with the formula{' and its derivation' if derived is not None else ''}: "
-        f"off by {_percent(np.max(np.abs(error) / scale))}{' at most' if z.size > 1 else ''}; "
-        f"an error of {_percent(catches.max())} would have been noticed."
+        f"off by {percent(np.max(np.abs(error) / scale))}{' at most' if z.size > 1 else ''}; "
+        f"an error of {percent(catches.max())} would have been noticed."
     )
     figures = {
         "derived": None if derivation is None else _plain(derivation),
@@ -312,7 +312,7 @@ def check_exact(
     where = "" if passed else _where(shown, None)
     signs = ("=", "equal") if passed else ("≠", "not equal")
     row = f"{_entries(relative, where)}{formula[shown]:.5g} {signs[0]} {computed[shown]:.5g}  {signs[1]} to {rtol:.0e}"
-    problems = [] if passed else [f"two computations{where} differ by {_percent(relative.max())}"]
+    problems = [] if passed else [f"two computations{where} differ by {percent(relative.max())}"]
     sentence = f"Two independent computations agree, to {-math.log10(rtol):.0f} digits."
     figures = {"formula": _plain(formula), "computed": _plain(computed), "rtol": rtol, "shown": at}
     return Claim(id, case, "exact", row, sentence, figures, problems)
@@ -347,8 +347,8 @@ def check_bounded(
     slack = None
     if bound[tightest] > 0:
         slack = 1 - value[tightest] / bound[tightest]
-        row += f"  slack {_percent(slack)}"
-        sentence += f" with {_percent(slack)} to spare" if slack > ROUNDING else " with nothing to spare"
+        row += f"  slack {percent(slack)}"
+        sentence += f" with {percent(slack)} to spare" if slack > ROUNDING else " with nothing to spare"
     if attained is not None:
         sentence += ", and a case attains it"
         if _attains(id, *attained):
@@ -576,11 +576,12 @@ def _observation(observed: np.ndarray | Estimate, index: tuple[int, ...]) -> str
     return f"{observed[index]:.5g}"
 
 
-def _percent(fraction: float) -> str:
-    percent = 100 * fraction
-    return f"{percent:.0f} %" if abs(percent) >= 99.5 else f"{percent:.2g} %"
+def percent(fraction: float) -> str:
+    """Return a fraction as a percentage to two digits."""
+    value = 100 * fraction
+    return f"{value:.0f} %" if abs(value) >= 99.5 else f"{value:.2g} %"
 
 
 def _plain(numbers: np.ndarray) -> float | list:
-    """Return figures for the ledger, to as many digits as it could ever show."""
-    return np.vectorize(lambda number: float(f"{number:.8g}"), otypes=[np.float64])(numbers).tolist()
+    """Return figures as JSON holds them, in full, so that the ledger rounds them as the row does."""
+    return np.asarray(numbers).tolist()

@@ -4,7 +4,11 @@ Figures are drawn in dark ink on a transparent ground. On a dark page the book's
 keeps hues, so one picture serves both.
 """
 
-from collections.abc import Sequence
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -87,3 +91,110 @@ def simulation(
         capsize=2,
         zorder=2,
     )
+
+
+@dataclass(frozen=True)
+class Slider:
+    """A slider of :class:`SliderFigure`: its name, what its positions are called, and where it stands at first."""
+
+    name: str
+    labels: Sequence[str]
+    active: int = 0
+
+
+class SliderFigure:
+    """A Plotly figure with one or two sliders that needs no kernel: everything is computed beforehand.
+
+    In a notebook it is stored in three forms: for JupyterLab, for the HTML page (whose script draws it, with range
+    inputs that take the keyboard), and as text.
+
+    Parameters
+    ----------
+    traces : sequence of (trace, positions)
+        A Plotly trace as a mapping, and at which position of each slider it shows: an index, or None for any.
+        Numbers are rounded to four digits, so that the stored figure is the same on every machine.
+    sliders : sequence of Slider
+        One or two.
+    layout : mapping
+        Plotly's layout: axes, margins.
+    alt : str
+        What a person who cannot see the figure needs to know.
+
+    Raises
+    ------
+    ValueError
+        If there are not one or two sliders, the description is empty, or a position does not exist.
+    """
+
+    def __init__(
+        self,
+        traces: Sequence[tuple[Mapping[str, Any], Sequence[int | None]]],
+        *,
+        sliders: Sequence[Slider],
+        layout: Mapping[str, Any],
+        alt: str,
+    ) -> None:
+        if len(sliders) not in (1, 2):
+            raise ValueError(f"a figure must have one or two sliders, got {len(sliders)}")
+        if not alt.strip():
+            raise ValueError(f"a figure must be described in words, got {alt!r}")
+        for _, positions in traces:
+            if len(positions) != len(sliders):
+                raise ValueError(f"a trace needs a position for each of {len(sliders)} sliders, got {positions}")
+            for position, slider in zip(positions, sliders, strict=True):
+                if position is not None and not 0 <= position < len(slider.labels):
+                    raise ValueError(f"{slider.name} has {len(slider.labels)} positions, got {position}")
+        self.alt = alt
+        # Each slider has an attribute of its own, so that two combine without code: a trace shows if both say so.
+        attributes = (("visible", True, False), ("opacity", 1, 0))[: len(sliders)]
+        controls, data = [], [_rounded(trace) for trace, _ in traces]
+        for k, (slider, (attribute, on, off)) in enumerate(zip(sliders, attributes, strict=True)):
+            states = [
+                [on if positions[k] in (None, step) else off for _, positions in traces]
+                for step in range(len(slider.labels))
+            ]
+            steps = [
+                {"method": "restyle", "label": label, "args": [{attribute: state}]}
+                for label, state in zip(slider.labels, states, strict=True)
+            ]
+            prefix = {"prefix": f"{slider.name}: "}
+            below = {"y": -0.25 - 0.3 * k, "pad": {"t": 10}}
+            controls.append({"active": slider.active, "currentvalue": prefix, "steps": steps, **below})
+            for trace, state in zip(data, states[slider.active], strict=True):
+                trace[attribute] = state
+        self.figure = {"data": data, "layout": _rounded(_PLOTLY_LAYOUT | layout) | {"sliders": controls}}
+
+    def __repr__(self) -> str:
+        return f"Figure with sliders: {self.alt}"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        stored = json.dumps(self.figure, sort_keys=True, ensure_ascii=False).replace("</", "<\\/")
+        page = (
+            f'<div class="slider-figure" role="group" aria-label="{html.escape(self.alt, quote=True)}">'
+            f'<script type="application/json">{stored}</script></div>'
+        )
+        config = {"displayModeBar": False}  # its share button would send the chart to another host
+        plotly = self.figure | {"config": config}
+        return {"application/vnd.plotly.v1+json": plotly, "text/html": page, "text/plain": repr(self)}
+
+
+_PLOTLY_LAYOUT = {
+    "font": {"color": INK, "size": 14},
+    "height": 420,
+    "hovermode": "closest",
+    "legend": {"orientation": "h", "y": 1.12},
+    "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+}
+
+
+def _rounded(value: Any) -> Any:
+    """Copy nested data for JSON with all numbers rounded to four digits."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.4g}")
+    return value.item() if isinstance(value, np.integer) else value

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from helpers.lab.claims import REGISTRY, ClaimError, source_of
+from helpers.lab.claims import REGISTRY, ClaimError, percent, source_of
 
 HEADERS = (
     "Claim",
@@ -115,7 +115,7 @@ def _row(record: Mapping[str, Any], page: str, source: str) -> dict[str, Any]:
         derived = "" if record["derived"] is None else _figure(record["derived"], at)
         theory = _figure(record["formula"], at)
         simulated = f"{_figure(record['simulated'], at)} ± {np.ravel(record['stderr'])[at]:.2g}"
-        z, catches = f"{np.ravel(record['z'])[at]:+.2f}", f"{100 * record['would_catch']:.2g} %"
+        z, catches = f"{np.ravel(record['z'])[at]:+.2f}", percent(record["would_catch"])
     elif record["kind"] == "exact":
         theory, simulated = _figure(record["formula"], at), _figure(record["computed"], at)
     else:

@@ -66,10 +66,16 @@ def execute(name: str, text: str, seed: int) -> Run:
     Run
     """
     notebook = nbformat.reads(text, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []  # a cell that is never reached must not show what is stored
     settings = {"BOOK_SEED": str(seed), GO_ON: "1", "TQDM_DISABLE": "1"} | dict.fromkeys(ONE_THREAD, "1")
     options = {"timeout": None, "kernel_name": "python3", "allow_errors": True}
     client = nbclient.NotebookClient(notebook, extra_arguments=["--IPKernelApp.log_level=ERROR"], **options)
-    client.execute(env=os.environ | settings)
+    try:
+        client.execute(env=os.environ | settings)
+    except nbclient.exceptions.DeadKernelError as error:
+        return Run(name, seed, stored_claims(notebook), [f"DeadKernelError: {error}"])
     errors = [
         f"cell {cell.id}: {output.ename}: {output.evalue}"
         for cell in notebook.cells
@@ -81,8 +87,8 @@ def execute(name: str, text: str, seed: int) -> Run:
 
 def sweep(notebooks: Sequence[Path], seeds: Sequence[int], jobs: int = -1) -> Iterator[Run]:
     """Execute every notebook under every seed on joblib's current backend, yielding runs as they finish."""
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in notebooks}
-    tasks = (joblib.delayed(execute)(name, text, seed) for seed in seeds for name, text in texts.items())
+    texts = [(path.stem, path.read_text(encoding="utf-8")) for path in notebooks]
+    tasks = (joblib.delayed(execute)(name, text, seed) for seed in seeds for name, text in texts)
     return joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
 
 
@@ -168,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
-    seeds = [options.seed] if options.seed is not None else [secrets.randbits(31) for _ in range(options.seeds)]
+    seeds = [options.seed] if options.seed is not None else [secrets.randbits(62) for _ in range(options.seeds)]
     with workers(options.scheduler):
         total = len(options.notebooks) * len(seeds)
         runs = list(tqdm(sweep(options.notebooks, seeds, options.jobs), total=total, unit="notebook"))

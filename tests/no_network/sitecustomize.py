@@ -1,9 +1,12 @@
 """Put this folder on ``PYTHONPATH``, and no Python process or notebook kernel reaches anything but this machine."""
 
 import ipaddress
+import socket
 import sys
 
-CONNECTING = {"socket.connect", "socket.sendto", "socket.sendmsg"}
+# Which argument of an audited look-up names the host, or is an address whose first entry does.
+LOOK_UPS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo")
+CONNECTING = ("connect", "connect_ex", "sendto", "sendmsg")
 
 
 def _is_local(host):
@@ -17,17 +20,32 @@ def _is_local(host):
         return False
 
 
-def _refuse_network(event, arguments):
-    if event in CONNECTING:
-        address = arguments[1]
-        # A path is a Unix socket, and no address that of an established connection.
-        host = address[0] if isinstance(address, tuple) else None
-    elif event == "socket.getaddrinfo":
-        host = arguments[0]
-    else:
-        return
+def _require_local(address):
+    # A path is a Unix socket, and no address that of an established connection.
+    host = address[0] if isinstance(address, tuple) else None
     if not _is_local(host):
         raise PermissionError(f"the book runs without a network: refused to reach {host!r}")
 
 
+def _refuse_network(event, arguments):
+    if event in LOOK_UPS:
+        _require_local(arguments[0] if isinstance(arguments[0], tuple) else (arguments[0],))
+    elif event.removeprefix("socket.") in CONNECTING:
+        _require_local(arguments[1])
+
+
+def _checked_first(name):
+    """Look at the address before Python does: it resolves a host's name before the audit hook hears of it."""
+    original = getattr(socket.socket, name)
+
+    def method(self, *arguments):
+        _require_local(arguments[-1] if arguments else None)
+        return original(self, *arguments)
+
+    method.__name__ = name
+    return method
+
+
 sys.addaudithook(_refuse_network)
+for _name in CONNECTING:
+    setattr(socket.socket, _name, _checked_first(_name))

@@ -1,0 +1,72 @@
+"""Pages that need no other host: MathJax and Plotly are shipped with the book.
+
+Jupyter Book loads every script of ``_static`` on every page, so the big ones are
+copied into the finished book here, and scripts that ask a CDN are dropped.
+"""
+
+import importlib.resources
+import shutil
+from pathlib import Path
+
+from plotly.offline import get_plotlyjs
+
+MATHJAX = (
+    importlib.resources.files("sphinx-mathjax-offline") / "static" / "mathjax"
+)
+# What tex-chtml.js loads on demand: fonts, rare TeX commands, accessibility.
+MATHJAX_PARTS = (
+    "tex-chtml.js",
+    "output/chtml/fonts",
+    "input/tex/extensions",
+    "a11y",
+)
+PLOTLY = "plotly/plotly.min.js"
+FIGURE_MARK = 'class="slider-figure"'
+
+
+def choose_scripts(app, pagename, templatename, context, doctree):
+    """Add Plotly to pages with a slider figure, and drop Thebe, which asks a CDN."""
+    if FIGURE_MARK in context.get("body", ""):
+        app.add_js_file(PLOTLY, loading_method="defer")
+        app.add_js_file("sliders/sliders.js", loading_method="defer")
+    scripts = context.get("script_files", [])
+    context["script_files"] = [
+        x for x in scripts if "thebe" not in _text_of(x).lower()
+    ]
+    # docutils calls the bibliography a list, but its items no list items: to a
+    # screen reader it would be an empty list.
+    context["body"] = context.get("body", "").replace(' role="list"', "")
+
+
+def _text_of(script):
+    body = getattr(script, "attributes", {}).get("body", "")
+    return f"{getattr(script, 'filename', script)} {body}"
+
+
+def copy_scripts(app, exception):
+    """Copy MathJax and Plotly into the finished book."""
+    if exception is not None or app.builder.format != "html":
+        return
+    static = Path(app.outdir) / "_static"
+    for part in MATHJAX_PARTS:
+        source, target = Path(str(MATHJAX / part)), static / "mathjax" / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, target)
+    (static / PLOTLY).parent.mkdir(parents=True, exist_ok=True)
+    (static / PLOTLY).write_text(get_plotlyjs(), encoding="utf-8")
+    (static / "sliders").mkdir(exist_ok=True)
+    shutil.copyfile(
+        Path(__file__).with_name("sliders.js"), static / "sliders" / "sliders.js"
+    )
+    # Their icons come from the web fonts in the theme's style sheet.
+    for leftover in (static / "scripts").glob("fontawesome*"):
+        leftover.unlink()
+
+
+def setup(app):
+    app.connect("html-page-context", choose_scripts, priority=900)
+    app.connect("build-finished", copy_scripts)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
