@@ -25,7 +25,7 @@ FIGURE_MARK = 'class="slider-figure"'
 
 
 def choose_scripts(app, pagename, templatename, context, doctree):
-    """Add Plotly to pages with a slider figure, and drop Thebe, which asks a CDN."""
+    """Add Plotly to pages with a slider figure; drop Thebe, which asks a CDN."""
     if FIGURE_MARK in context.get("body", ""):
         app.add_js_file(PLOTLY, loading_method="defer")
         app.add_js_file("sliders/sliders.js", loading_method="defer")
