@@ -13,7 +13,7 @@ EXTRAS_lab := lab
 EXTRAS_test := book,test
 
 .DEFAULT_GOAL := help
-.PHONY: help book html test lint lab execute ledger reseed constraints clean
+.PHONY: help book html test browser lint lab execute ledger reseed constraints clean
 .DELETE_ON_ERROR:
 
 # What is stored in the notebooks was computed like this: one thread, so that sums have one order, and one seed.
@@ -37,9 +37,12 @@ html: $(VENV)/.installed-book
 	$(BIN)/jupyter-book build . -W -n --keep-going --all
 
 test: $(VENV)/.installed-test lint  ## check everything that CI checks
-	$(BIN)/pytest -n $(JOBS) --dist loadfile tests
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --ignore tests/browser tests
 	PYTHONPATH=$(CURDIR)/tests/no_network $(BIN)/pytest --nbval --nbval-current-env -n $(JOBS) --dist loadscope book
 	$(MAKE) html
+
+browser: $(VENV)/.installed-test html  ## look at every page in an installed Chromium
+	$(BIN)/pytest tests/browser
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

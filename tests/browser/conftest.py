@@ -1,0 +1,74 @@
+"""Drives the built book in a real Chromium, served from this machine, with every other host refused."""
+
+import functools
+import os
+import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+HTML = Path(__file__).parents[2] / "_build" / "html"
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
+WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="session")
+def site():
+    """Address of a local server of the built book."""
+    if not (HTML / "index.html").exists():
+        pytest.fail("the book is not built: run make book first")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(HTML)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        message = "no Chromium found: install one (on Debian, the package chromium) or set CHROMIUM to its path"
+        pytest.fail(message) if os.environ.get("REQUIRE_BROWSER") == "1" else pytest.skip(message)
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+
+
+@pytest.fixture
+def open_page(browser, site):
+    """Return a function that opens a page of the book; the page then holds what went wrong in `troubles`."""
+    contexts = []
+
+    def open_(path, *, viewport=WIDE, scheme="light", address=site):
+        context = browser.new_context(viewport=viewport, color_scheme=scheme)
+        contexts.append(context)
+        page, troubles = context.new_page(), []
+
+        def route(route):
+            if route.request.url.startswith((address, "data:", "blob:")):
+                route.continue_()
+            else:
+                troubles.append(f"asks {route.request.url}")
+                route.abort()
+
+        page.route("**/*", route)
+        page.on("console", lambda message: message.type == "error" and troubles.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: troubles.append(f"script: {error}"))
+        page.on("requestfailed", lambda request: troubles.append(f"failed: {request.url}"))
+        page.on("response", lambda answer: answer.status >= 400 and troubles.append(f"{answer.status}: {answer.url}"))
+        page.goto(f"{address}/{path}", wait_until="load")
+        page.wait_for_function("!window.MathJax?.startup || window.MathJax.startup.promise.then(() => true)")
+        page.troubles = troubles
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()

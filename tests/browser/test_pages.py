@@ -1,0 +1,199 @@
+"""Every page, in the browser: complete without a network, readable on a phone, in the dark, and by a screen reader."""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from axe_playwright_python.sync_playwright import Axe
+from conftest import HTML, PHONE
+
+ROOT = Path(__file__).parents[2]
+TOC = (ROOT / "_toc.yml").read_text(encoding="utf-8")
+PAGES = [f"{name}.html" for name in re.findall(r"(?:file|root): (\S+)", TOC)]
+CHAPTER = "book/training_loop/minibatch_loss.html"
+LEDGER = "book/ledger.html"
+
+
+def sideways(page):
+    return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
+def luminance(page, selector):
+    """Relative brightness, 0 to 1, of an element's background."""
+    color = page.evaluate("s => getComputedStyle(document.querySelector(s)).backgroundColor", selector)
+    return sum(map(int, re.findall(r"\d+", color)[:3])) / (3 * 255)
+
+
+def test_the_table_of_contents_names_all_pages():
+    toc = yaml.safe_load(TOC)
+    assert f"{toc['root']}.html" in PAGES
+    assert {CHAPTER, LEDGER} < set(PAGES)
+
+
+@pytest.mark.parametrize("path", [*PAGES, "search.html", "index.html"])
+def test_nothing_fails_and_no_other_host_is_asked(open_page, path):
+    page = open_page(path)
+    page.wait_for_timeout(500)
+    assert page.troubles == []
+
+
+def test_the_book_opens_from_disk(open_page):
+    page = open_page(CHAPTER, address=HTML.as_uri())
+    page.wait_for_selector("mjx-container")
+    page.wait_for_selector(".slider-plot .main-svg")
+    assert page.troubles == []
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_formulas_are_typeset(open_page, path):
+    page = open_page(path)
+    wanted = page.locator("span.math, div.math").count()
+    sizes = page.eval_on_selector_all(
+        "mjx-container", "found => found.filter(x => x.checkVisibility()).map(x => x.getBoundingClientRect().height)"
+    )
+    assert page.locator("mjx-container").count() >= wanted
+    assert all(size > 5 for size in sizes)
+    assert page.locator("mjx-merror").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("path", PAGES)
+def test_a_phone_does_not_scroll_sideways(open_page, path, scheme):
+    page = open_page(path, viewport=PHONE, scheme=scheme)
+    assert sideways(page) == 0
+    page.evaluate("document.querySelectorAll('details').forEach(found => (found.open = true))")
+    assert sideways(page) == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("path", PAGES)
+def test_axe_finds_nothing_serious(open_page, path, scheme):
+    page = open_page(path, scheme=scheme)
+    violations = Axe().run(page).response["violations"]
+    serious = [
+        f"{found['id']}: {node['html'][:160]}"
+        for found in violations
+        if found["impact"] in ("serious", "critical")
+        for node in found["nodes"]
+    ]
+    assert serious == []
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_headings_do_not_skip_a_level(open_page, path):
+    page = open_page(path)
+    levels = page.eval_on_selector_all("article :is(h1,h2,h3,h4,h5,h6)", "all => all.map(x => +x.tagName[1])")
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+@pytest.mark.parametrize("path", [CHAPTER, LEDGER])
+def test_dark_mode_is_dark(open_page, path):
+    assert luminance(open_page(path), "body") > 0.9
+    page = open_page(path, scheme="dark")
+    assert luminance(page, "body") < 0.2
+    shades = page.eval_on_selector_all(
+        "article img, article .cell_output > .output, details.claim",
+        "all => all.map(x => getComputedStyle(x).backgroundColor)",
+    )
+    for shade in shades:
+        *color, alpha = map(float, [*re.findall(r"[\d.]+", shade), "1"][:4])
+        assert alpha == 0 or sum(color) / (3 * 255) < 0.3, shade
+
+
+def test_the_theme_button_switches(open_page):
+    page = open_page(CHAPTER)
+    modes = set()
+    for _ in range(3):
+        page.locator("button.theme-switch-button").first.click()
+        modes.add(page.evaluate("document.documentElement.dataset.theme"))
+    assert modes == {"light", "dark"}
+
+
+def test_sliders_change_what_the_figure_shows(open_page):
+    page = open_page(CHAPTER)
+    page.wait_for_selector(".slider-plot .main-svg")
+    sliders = page.locator(".slider-controls input")
+    assert sliders.count() == 2
+
+    def shown():
+        return page.evaluate(
+            "() => document.querySelector('.slider-plot').data"
+            ".filter(t => t.visible && t.opacity && t.mode === 'text').map(t => t.text[0])"
+        )
+
+    seen = [shown()]
+    for slider, key in ((0, "ArrowLeft"), (1, "ArrowLeft")):
+        sliders.nth(slider).focus()
+        page.keyboard.press(key)
+        seen.append(shown())
+    assert all(len(texts) == 1 for texts in seen)
+    assert len({texts[0] for texts in seen}) == 3
+    page.keyboard.press("End")
+    sliders.nth(0).focus()
+    page.keyboard.press("End")
+    assert shown() == ["no batch is large enough"]
+
+
+def test_only_pages_with_a_figure_load_plotly(open_page):
+    script = "[...document.scripts].some(script => script.src.includes('plotly'))"
+    assert open_page(CHAPTER).evaluate(script)
+    assert not open_page(LEDGER).evaluate(script)
+
+
+def test_claims_solutions_and_cells_open_by_keyboard(open_page):
+    page = open_page(CHAPTER)
+    for summary in ("details.claim > summary", "details.hide > summary", "details.sd-dropdown > summary"):
+        first = page.locator(summary).first
+        first.focus()
+        page.keyboard.press("Enter")
+        assert first.evaluate("found => found.parentElement.open"), summary
+    toggle = page.locator(".solution.dropdown button.toggle-button").first
+    toggle.focus()
+    page.keyboard.press("Enter")
+    assert "toggle-hidden" not in page.locator(".solution.dropdown").first.get_attribute("class")
+
+
+def test_the_ledger_sorts_and_filters(open_page):
+    page = open_page(LEDGER)
+    rows = page.locator(".ledger tbody tr")
+    total = rows.count()
+    page.locator(".ledger input").fill("berry")
+    assert 0 < rows.locator("visible=true").count() < total
+    page.locator(".ledger input").fill("")
+    page.locator(".ledger select").select_option("minibatch_loss")
+    assert rows.locator("visible=true").count() == total
+    column = page.locator(".ledger thead th").all_inner_texts().index("z")
+    page.locator(".ledger thead button").nth(column).click()
+    z = [float(text) for text in page.locator(f".ledger tbody tr td:nth-child({column + 1})").all_inner_texts() if text]
+    assert z == sorted(z)
+    page.locator(".ledger tbody a").first.click()
+    page.wait_for_url("**/minibatch_loss.html#*")
+    assert page.evaluate("!!document.getElementById(decodeURIComponent(location.hash.slice(1)))")
+
+
+def test_search_finds_a_word_of_chapter_1(open_page):
+    page = open_page("search.html?q=intraclass")
+    page.wait_for_selector("#search-results li a")
+    assert any(
+        "minibatch_loss" in link for link in page.locator("#search-results a").evaluate_all("a => a.map(x => x.href)")
+    )
+    assert page.troubles == []
+
+
+def test_chapters_can_be_downloaded_and_their_code_copied(open_page):
+    page = open_page(CHAPTER)
+    sources = page.locator("a[download], a.btn-download-source-button").evaluate_all("a => a.map(x => x.href)")
+    assert any(link.endswith("minibatch_loss.ipynb") for link in sources)
+    assert page.locator("button.copybtn").count() > 20
+    assert page.locator("a.left-prev").count() == page.locator("a.right-next").count() == 1
+
+
+def test_printing_shows_solutions_and_no_sidebar(open_page):
+    page = open_page(CHAPTER)
+    page.emulate_media(media="print")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert page.locator(".bd-sidebar-primary").first.is_hidden()
+    assert page.locator(".solution.dropdown").first.evaluate("x => !x.classList.contains('toggle-hidden')")
