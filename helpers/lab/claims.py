@@ -549,7 +549,7 @@ def _require_scale(scale: Numbers, shape: tuple[int, ...]) -> np.ndarray:
         _require_shape("scale", scale.shape, shape)
     if (scale <= 0).any():
         raise ValueError(f"scale must be positive; where theory gives 0 it has to be named, got {scale.min():g}")
-    return np.broadcast_to(scale, shape)
+    return scale if scale.shape == shape else np.broadcast_to(scale, shape)
 
 
 def _where(index: tuple[int, ...], at: Settings | None) -> str:

@@ -49,7 +49,9 @@ class Estimate:
                 raise ValueError(f"{name} must be finite, got {figures}")
             if figures.ndim and figures.shape != shape:
                 raise ValueError(f"{name} must be a scalar or have the shape of value {shape}, got {figures.shape}")
-            object.__setattr__(self, name, np.broadcast_to(figures, shape))
+            if figures.shape != shape:
+                figures = np.broadcast_to(figures, shape)
+            object.__setattr__(self, name, figures)
         if (self.stderr < 0).any():
             raise ValueError(f"stderr must not be negative, got {self.stderr}")
         if (self.n < 2).any():
