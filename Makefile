@@ -39,10 +39,10 @@ html: $(VENV)/.installed-book
 test: $(VENV)/.installed-test lint  ## check everything that CI checks
 	$(BIN)/pytest -n $(JOBS) --dist loadfile --ignore tests/browser tests
 	PYTHONPATH=$(CURDIR)/tests/no_network $(BIN)/pytest --nbval --nbval-current-env -n $(JOBS) --dist loadscope book
-	$(MAKE) html
+	$(MAKE) browser
 
 browser: $(VENV)/.installed-test html  ## look at every page in an installed Chromium
-	$(BIN)/pytest tests/browser
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup -rs tests/browser
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

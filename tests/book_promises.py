@@ -116,6 +116,17 @@ def unexecuted_cells(root):
     return problems
 
 
+def figures_without_a_page(root):
+    """Every Plotly figure is stored as HTML as well: the page draws that one."""
+    return [
+        f"{place(root, path, number, cell)}: a Plotly figure without its HTML form"
+        for path, cells in notebooks(root)
+        for number, cell in enumerate(cells)
+        for output in cell.get("outputs", [])
+        if "application/vnd.plotly.v1+json" in output.get("data", {}) and "text/html" not in output["data"]
+    ]
+
+
 def undescribed_figures(root):
     """Every figure has alt text and a caption; every image in the text has alt text."""
     problems = []
@@ -280,6 +291,7 @@ PROMISES = (
     missing_pages,
     unmatched_claims,
     unexecuted_cells,
+    figures_without_a_page,
     undescribed_figures,
     unresolved_references,
     unmapped_sources,

@@ -178,6 +178,13 @@ def test_a_figure_without_a_description_is_noticed(root, described, message):
     assert the_problem(book_promises.undescribed_figures, root) == f"{CHAPTER} cell 4 (last): {message}"
 
 
+def test_a_plotly_figure_without_its_html_form_is_noticed(root):
+    output = {"output_type": "display_data", "data": {"application/vnd.plotly.v1+json": {}}, "metadata": {}}
+    write_chapter(root, [*chapter_cells(), code_cell("x", 3, [output], id="last")])
+    problem = the_problem(book_promises.figures_without_a_page, root)
+    assert problem == f"{CHAPTER} cell 4 (last): a Plotly figure without its HTML form"
+
+
 @pytest.mark.parametrize("text", ["```{image} a.svg\n:width: 100%\n```", "![](a.svg)"])
 def test_an_image_without_alt_text_is_noticed(root, text):
     write_chapter(root, [*chapter_cells(), markdown_cell(text, id="last")])

@@ -5,9 +5,11 @@ copied into the finished book here, and scripts that ask a CDN are dropped.
 """
 
 import importlib.resources
+import re
 import shutil
 from pathlib import Path
 
+from icons import trim_icons
 from plotly.offline import get_plotlyjs
 
 MATHJAX = (
@@ -22,6 +24,25 @@ MATHJAX_PARTS = (
 )
 PLOTLY = "plotly/plotly.min.js"
 FIGURE_MARK = 'class="slider-figure"'
+# Names, punctuation and spaces of code have the colour of the code around them.
+PLAIN_CODE = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')
+
+# What the theme offers once it knows where the book's repository is.
+REPOSITORY_BUTTONS = {
+    "use_edit_page_button": True,
+    "use_repository_button": True,
+    "launch_buttons": {
+        "notebook_interface": "jupyterlab",
+        "colab_url": "https://colab.research.google.com",
+        "binderhub_url": "https://mybinder.org",
+    },
+}
+
+
+def offer_repository(app, config):
+    """Turn on the buttons that need the repository, if its address is known."""
+    if config.html_theme_options.get("repository_url"):
+        config.html_theme_options.update(REPOSITORY_BUTTONS)
 
 
 def choose_scripts(app, pagename, templatename, context, doctree):
@@ -35,7 +56,9 @@ def choose_scripts(app, pagename, templatename, context, doctree):
     ]
     # docutils calls the bibliography a list, but its items no list items: to a
     # screen reader it would be an empty list.
-    context["body"] = context.get("body", "").replace(' role="list"', "")
+    body = context.get("body", "").replace(' role="list"', "")
+    # A third of a chapter's weight.
+    context["body"] = PLAIN_CODE.sub(r"\1", body)
 
 
 def _text_of(script):
@@ -64,9 +87,11 @@ def copy_scripts(app, exception):
     # Their icons come from the web fonts in the theme's style sheet.
     for leftover in (static / "scripts").glob("fontawesome*"):
         leftover.unlink()
+    trim_icons(static)
 
 
 def setup(app):
+    app.connect("config-inited", offer_repository)
     app.connect("html-page-context", choose_scripts, priority=900)
     app.connect("build-finished", copy_scripts)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

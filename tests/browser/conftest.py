@@ -42,7 +42,7 @@ def browser():
         yield playwright.chromium.launch(executable_path=path, args=list(FLAGS))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def open_page(browser, site):
     """Return a function that opens a page of the book; the page then holds what went wrong in `troubles`."""
     contexts = []

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
-from conftest import HTML, PHONE
+from conftest import HTML, PHONE, WIDE
 
 ROOT = Path(__file__).parents[2]
 TOC = (ROOT / "_toc.yml").read_text(encoding="utf-8")
 PAGES = [f"{name}.html" for name in re.findall(r"(?:file|root): (\S+)", TOC)]
 CHAPTER = "book/training_loop/minibatch_loss.html"
 LEDGER = "book/ledger.html"
+of_the_chapter = pytest.mark.xdist_group(CHAPTER)
 
 
 def sideways(page):
@@ -32,23 +33,28 @@ def test_the_table_of_contents_names_all_pages():
     assert {CHAPTER, LEDGER} < set(PAGES)
 
 
-@pytest.mark.parametrize("path", [*PAGES, "search.html", "index.html"])
-def test_nothing_fails_and_no_other_host_is_asked(open_page, path):
-    page = open_page(path)
+# To open a page and typeset it takes seconds: it is opened once, and then looked at in several ways.
+
+
+@pytest.fixture(scope="module", params=[pytest.param(path, marks=pytest.mark.xdist_group(path)) for path in PAGES])
+def page(open_page, request):
+    page = open_page(request.param)
+    yield page
+    page.context.close()
+
+
+def dress(page, viewport, scheme):
+    page.set_viewport_size(viewport)
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    page.wait_for_function(f"document.documentElement.dataset.theme === '{scheme}'")
+
+
+def test_nothing_fails_and_no_other_host_is_asked(page):
     page.wait_for_timeout(500)
     assert page.troubles == []
 
 
-def test_the_book_opens_from_disk(open_page):
-    page = open_page(CHAPTER, address=HTML.as_uri())
-    page.wait_for_selector("mjx-container")
-    page.wait_for_selector(".slider-plot .main-svg")
-    assert page.troubles == []
-
-
-@pytest.mark.parametrize("path", PAGES)
-def test_formulas_are_typeset(open_page, path):
-    page = open_page(path)
+def test_formulas_are_typeset(page):
     wanted = page.locator("span.math, div.math").count()
     sizes = page.eval_on_selector_all(
         "mjx-container", "found => found.filter(x => x.checkVisibility()).map(x => x.getBoundingClientRect().height)"
@@ -58,19 +64,25 @@ def test_formulas_are_typeset(open_page, path):
     assert page.locator("mjx-merror").count() == 0
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("path", PAGES)
-def test_a_phone_does_not_scroll_sideways(open_page, path, scheme):
-    page = open_page(path, viewport=PHONE, scheme=scheme)
-    assert sideways(page) == 0
-    page.evaluate("document.querySelectorAll('details').forEach(found => (found.open = true))")
-    assert sideways(page) == 0
+def test_headings_do_not_skip_a_level(page):
+    levels = page.eval_on_selector_all("article :is(h1,h2,h3,h4,h5,h6)", "all => all.map(x => +x.tagName[1])")
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_the_text_is_light(page):
+    """Neither figures nor MathJax count: the text does not wait for them."""
+    sizes = page.evaluate(
+        "[...performance.getEntriesByType('navigation'), ...performance.getEntriesByType('resource')]"
+        ".map(found => [found.name, found.decodedBodySize])"
+    )
+    text = sum(size for name, size in sizes if not re.search(r"/(_images|mathjax|plotly)/", name))
+    assert 0.2e6 < text < 1e6
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("path", PAGES)
-def test_axe_finds_nothing_serious(open_page, path, scheme):
-    page = open_page(path, scheme=scheme)
+def test_axe_finds_nothing_serious(page, scheme):
+    dress(page, WIDE, scheme)
     violations = Axe().run(page).response["violations"]
     serious = [
         f"{found['id']}: {node['html'][:160]}"
@@ -81,18 +93,48 @@ def test_axe_finds_nothing_serious(open_page, path, scheme):
     assert serious == []
 
 
-@pytest.mark.parametrize("path", PAGES)
-def test_headings_do_not_skip_a_level(open_page, path):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_does_not_scroll_sideways(page, scheme):
+    dress(page, PHONE, scheme)
+    assert sideways(page) == 0
+    page.evaluate("document.querySelectorAll('details').forEach(found => (found.open = true))")
+    assert sideways(page) == 0
+    page.evaluate("document.querySelectorAll('details').forEach(found => (found.open = false))")
+
+
+@of_the_chapter
+def test_the_book_opens_from_disk(open_page):
+    page = open_page(CHAPTER, address=HTML.as_uri())
+    page.wait_for_selector("mjx-container")
+    page.wait_for_selector(".slider-plot .main-svg")
+    assert page.troubles == []
+
+
+@pytest.mark.parametrize("path", [CHAPTER, "index.html"])
+def test_the_text_shows_within_a_second(open_page, path):
     page = open_page(path)
-    levels = page.eval_on_selector_all("article :is(h1,h2,h3,h4,h5,h6)", "all => all.map(x => +x.tagName[1])")
-    assert levels[0] == 1
-    assert all(after <= before + 1 for before, after in pairwise(levels))
+    paint = "performance.getEntriesByName('first-contentful-paint')"
+    times = []
+    for _ in range(3):  # other tests load the machine: the best of three counts
+        page.reload(wait_until="load")
+        page.wait_for_function(f"{paint}.length > 0")
+        times.append(page.evaluate(f"{paint}[0].startTime"))
+    assert min(times) < 1000
 
 
-@pytest.mark.parametrize("path", [CHAPTER, LEDGER])
+# What can be done on a page. The tests of the chapter share one that is open.
+
+
+@pytest.fixture(scope="module")
+def chapter(open_page):
+    return open_page(CHAPTER)
+
+
+@pytest.mark.parametrize("path", [pytest.param(CHAPTER, marks=of_the_chapter), LEDGER])
 def test_dark_mode_is_dark(open_page, path):
-    assert luminance(open_page(path), "body") > 0.9
-    page = open_page(path, scheme="dark")
+    page = open_page(path, scheme="light")
+    assert luminance(page, "body") > 0.9
+    dress(page, WIDE, "dark")
     assert luminance(page, "body") < 0.2
     shades = page.eval_on_selector_all(
         "article img, article .cell_output > .output, details.claim",
@@ -103,8 +145,9 @@ def test_dark_mode_is_dark(open_page, path):
         assert alpha == 0 or sum(color) / (3 * 255) < 0.3, shade
 
 
-def test_the_theme_button_switches(open_page):
-    page = open_page(CHAPTER)
+@of_the_chapter
+def test_the_theme_button_switches(chapter):
+    page = chapter
     modes = set()
     for _ in range(3):
         page.locator("button.theme-switch-button").first.click()
@@ -112,8 +155,9 @@ def test_the_theme_button_switches(open_page):
     assert modes == {"light", "dark"}
 
 
-def test_sliders_change_what_the_figure_shows(open_page):
-    page = open_page(CHAPTER)
+@of_the_chapter
+def test_sliders_change_what_the_figure_shows(chapter):
+    page = chapter
     page.wait_for_selector(".slider-plot .main-svg")
     sliders = page.locator(".slider-controls input")
     assert sliders.count() == 2
@@ -137,14 +181,16 @@ def test_sliders_change_what_the_figure_shows(open_page):
     assert shown() == ["no batch is large enough"]
 
 
-def test_only_pages_with_a_figure_load_plotly(open_page):
+@of_the_chapter
+def test_only_pages_with_a_figure_load_plotly(chapter, open_page):
     script = "[...document.scripts].some(script => script.src.includes('plotly'))"
-    assert open_page(CHAPTER).evaluate(script)
+    assert chapter.evaluate(script)
     assert not open_page(LEDGER).evaluate(script)
 
 
-def test_claims_solutions_and_cells_open_by_keyboard(open_page):
-    page = open_page(CHAPTER)
+@of_the_chapter
+def test_claims_solutions_and_cells_open_by_keyboard(chapter):
+    page = chapter
     for summary in ("details.claim > summary", "details.hide > summary", "details.sd-dropdown > summary"):
         first = page.locator(summary).first
         first.focus()
@@ -183,17 +229,21 @@ def test_search_finds_a_word_of_chapter_1(open_page):
     assert page.troubles == []
 
 
-def test_chapters_can_be_downloaded_and_their_code_copied(open_page):
-    page = open_page(CHAPTER)
+@of_the_chapter
+def test_chapters_can_be_downloaded_and_their_code_copied(chapter):
+    page = chapter
     sources = page.locator("a[download], a.btn-download-source-button").evaluate_all("a => a.map(x => x.href)")
     assert any(link.endswith("minibatch_loss.ipynb") for link in sources)
     assert page.locator("button.copybtn").count() > 20
     assert page.locator("a.left-prev").count() == page.locator("a.right-next").count() == 1
 
 
-def test_printing_shows_solutions_and_no_sidebar(open_page):
-    page = open_page(CHAPTER)
+@of_the_chapter
+def test_printing_shows_solutions_and_no_sidebar(chapter):
+    page = chapter
     page.emulate_media(media="print")
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     assert page.locator(".bd-sidebar-primary").first.is_hidden()
     assert page.locator(".solution.dropdown").first.evaluate("x => !x.classList.contains('toggle-hidden')")
+    assert page.locator("details.sd-dropdown").first.evaluate("x => x.open")
+    assert page.locator(".toggle-button").first.is_hidden()
