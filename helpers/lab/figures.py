@@ -158,7 +158,7 @@ class SliderFigure:
                 for label, state in zip(slider.labels, states, strict=True)
             ]
             prefix = {"prefix": f"{slider.name}: "}
-            below = {"y": -0.25 - 0.3 * k, "pad": {"t": 10}}
+            below = {"y": -0.25 - 0.42 * k, "pad": {"t": 10}}
             controls.append({"active": slider.active, "currentvalue": prefix, "steps": steps, **below})
             for trace, state in zip(data, states[slider.active], strict=True):
                 trace[attribute] = state
