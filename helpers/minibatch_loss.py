@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from helpers.lab.checks import require_at_least_one, require_positive
 from helpers.lab.estimates import Estimate, function_of
 
 BERRY_ESSEEN_CONSTANT = 0.4748  # Shevtsova (2011), for identically distributed summands
@@ -35,8 +36,8 @@ def iid_variance(std: float, batch_size: int) -> float:
     ValueError
         If `std` is not positive or `batch_size` below 1.
     """
-    _require_positive(std=std)
-    _require_batch_size(batch_size)
+    require_positive(std=std)
+    require_at_least_one(batch_size=batch_size)
     return std**2 / batch_size
 
 
@@ -62,7 +63,7 @@ def equicorrelated_variance(std: float, batch_size: int, correlation: float) -> 
     ValueError
         If `std` is not positive, `batch_size` below 1, or `correlation` outside ``[-1/(m-1), 1]``.
     """
-    _require_positive(std=std)
+    require_positive(std=std)
     _require_correlation(correlation, batch_size)
     inflation = 1 + (batch_size - 1) * correlation
     # At the smallest correlation the variance is 0, which rounding would turn into a tiny number of either sign.
@@ -84,7 +85,7 @@ def variance_floor(std: float, correlation: float) -> float:
     ValueError
         If `std` is not positive or `correlation` outside [0, 1].
     """
-    _require_positive(std=std)
+    require_positive(std=std)
     _require_between("correlation", correlation, 0, 1)
     return correlation * std**2
 
@@ -97,7 +98,7 @@ def smallest_correlation(batch_size: int) -> float:
     ValueError
         If `batch_size` is below 1.
     """
-    _require_batch_size(batch_size)
+    require_at_least_one(batch_size=batch_size)
     return -1 / np.maximum(np.asarray(batch_size) - 1, 1)
 
 
@@ -148,7 +149,7 @@ def required_batch_size(std: float, standard_error: float, correlation: float = 
     ValueError
         If no batch is large enough because ``s² <= ρσ²``, or an argument is out of range.
     """
-    _require_positive(std=std, standard_error=standard_error)
+    require_positive(std=std, standard_error=standard_error)
     floor = variance_floor(std, correlation)
     if standard_error >= std:
         return 1
@@ -194,9 +195,8 @@ def iid_losses(
     ValueError
         If `marginal` is unknown, `std` not positive, or a size below 1.
     """
-    _require_positive(std=std)
-    _require_batch_size(n_batches, "n_batches")
-    _require_batch_size(batch_size)
+    require_positive(std=std)
+    require_at_least_one(n_batches=n_batches, batch_size=batch_size)
     return _standardized((n_batches, batch_size), marginal, generator, dtype).mul_(std).add_(mean)
 
 
@@ -240,8 +240,8 @@ def equicorrelated_losses(
     ValueError
         If `correlation` lies outside ``[-1/(m-1), 1]``, `marginal` is unknown, `std` not positive, or a size below 1.
     """
-    _require_positive(std=std)
-    _require_batch_size(n_batches, "n_batches")
+    require_positive(std=std)
+    require_at_least_one(n_batches=n_batches)
     _require_correlation(correlation, batch_size)
     losses = _standardized((n_batches, batch_size), marginal, generator, dtype)
     if correlation >= 0:
@@ -331,9 +331,8 @@ def shared_shift_gradients(
     ValueError
         If a standard deviation is not positive or a size below 1.
     """
-    _require_positive(feature_std=feature_std, shift_std=shift_std, label_std=label_std)
-    _require_batch_size(n_batches, "n_batches")
-    _require_batch_size(batch_size)
+    require_positive(feature_std=feature_std, shift_std=shift_std, label_std=label_std)
+    require_at_least_one(n_batches=n_batches, batch_size=batch_size)
 
     def normal(std: float, columns: int) -> torch.Tensor:
         return _standardized((n_batches, columns), "gaussian", generator, dtype).mul_(std)
@@ -366,7 +365,7 @@ def shared_shift_moments(
     ValueError
         If a standard deviation is not positive.
     """
-    _require_positive(feature_std=feature_std, shift_std=shift_std, label_std=label_std)
+    require_positive(feature_std=feature_std, shift_std=shift_std, label_std=label_std)
     input_variance = feature_std**2 + shift_std**2
     residual_variance = (slope - true_slope) ** 2 * feature_std**2 + slope**2 * shift_std**2 + label_std**2
     input_residual = (slope - true_slope) * feature_std**2 + slope * shift_std**2
@@ -396,7 +395,7 @@ def exponential_batch_cdf(z: float | np.ndarray, batch_size: int) -> np.ndarray:
     ValueError
         If `batch_size` is below 1.
     """
-    _require_batch_size(batch_size)
+    require_at_least_one(batch_size=batch_size)
     return stats.gamma.cdf(batch_size + np.asarray(z) * math.sqrt(batch_size), a=batch_size)
 
 
@@ -432,7 +431,7 @@ def two_point_distance(probability: float, batch_size: int) -> float:
     ValueError
         If `probability` is not inside (0, 1) or `batch_size` below 1.
     """
-    _require_batch_size(batch_size)
+    require_at_least_one(batch_size=batch_size)
     if not 0 < probability < 1:
         raise ValueError(f"probability must lie strictly between 0 and 1, got {probability}")
     law = stats.binom(batch_size, probability)
@@ -466,8 +465,8 @@ def berry_esseen_bound(
     ValueError
         If a moment is not positive, `batch_size` below 1, or the third moment smaller than ``σ³``, which is impossible.
     """
-    _require_positive(third_absolute_moment=third_absolute_moment, std=std)
-    _require_batch_size(batch_size)
+    require_positive(third_absolute_moment=third_absolute_moment, std=std)
+    require_at_least_one(batch_size=batch_size)
     if third_absolute_moment < std**3 * (1 - 1e-12):
         raise ValueError(f"E|Z-L|³ cannot be below std³ = {std**3:.3g}, got {third_absolute_moment:.3g}")
     return constant * third_absolute_moment / (std**3 * np.sqrt(batch_size))
@@ -503,8 +502,7 @@ def stable_losses(
         If `alpha` lies outside (0, 2] or a size is below 1.
     """
     _require_alpha(alpha)
-    _require_batch_size(n_batches, "n_batches")
-    _require_batch_size(batch_size)
+    require_at_least_one(n_batches=n_batches, batch_size=batch_size)
     shape = (n_batches, batch_size)
     uniform = torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
     angle = (uniform - 0.5) * math.pi
@@ -530,7 +528,7 @@ def stable_spread(alpha: float, batch_size: int) -> float:
         If `alpha` lies outside (0, 2] or `batch_size` is below 1.
     """
     _require_alpha(alpha)
-    _require_batch_size(batch_size)
+    require_at_least_one(batch_size=batch_size)
     return np.asarray(batch_size, dtype=np.float64) ** (1 / alpha - 1)
 
 
@@ -548,17 +546,6 @@ def _standardized(
     if marginal == "exponential":
         return _exponential(shape, generator, dtype).sub_(1)
     raise ValueError(f"marginal must be 'gaussian' or 'exponential', got {marginal!r}")
-
-
-def _require_positive(**numbers: float) -> None:
-    for name, number in numbers.items():
-        if not (math.isfinite(number) and number > 0):
-            raise ValueError(f"{name} must be positive and finite, got {number}")
-
-
-def _require_batch_size(batch_size: int, name: str = "batch_size") -> None:
-    if not (np.asarray(batch_size) >= 1).all():
-        raise ValueError(f"{name} must be at least 1, got {batch_size}")
 
 
 def _require_between(name: str, value: float, low: float, high: float) -> None:

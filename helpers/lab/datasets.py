@@ -6,6 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from helpers.lab import runtime
+from helpers.lab.checks import require_same_device
 
 IMAGE_SIDE = 8
 
@@ -63,10 +64,11 @@ def augment(
     Raises
     ------
     ValueError
-        If a shape does not fit, a shift moves the image out of its frame, or a noise level is negative.
+        If a shape or a device does not fit, a shift moves the image out of its frame, or a noise level is negative.
     """
     if images.ndim != 2 or images.shape[1] != IMAGE_SIDE**2:
         raise ValueError(f"images must have shape (N, {IMAGE_SIDE**2}), got {tuple(images.shape)}")
+    require_same_device(generator, images=images)
     n = len(images)
     if shift.shape != (n, 2) or noise_level.shape != (n,):
         raise ValueError(

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from helpers.lab.checks import require_same_device
+
 
 def train(
     model: nn.Module,
@@ -43,10 +45,11 @@ def train(
     Raises
     ------
     ValueError
-        If `batch_size` is not between 1 and N, or `epochs` is negative.
+        If `batch_size` is not between 1 and N, `epochs` is negative, or `generator` is on another device.
     """
     if not 1 <= batch_size <= len(x):
         raise ValueError(f"batch_size must lie between 1 and the {len(x)} examples, got {batch_size}")
+    require_same_device(generator, x=x)
     if epochs < 0:
         raise ValueError(f"epochs must not be negative, got {epochs}")
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=momentum)
