@@ -1,0 +1,647 @@
+"""Chapter *The stochastic gradient and its noise*: what a batch gradient adds to the gradient of the training risk.
+
+Throughout, ``population_size`` (N) examples have the gradients g_1 … g_N, whose mean is the gradient ∇L of the training
+risk. A batch holds ``batch_size`` (m) of them, without replacement unless said otherwise; its noise ξ is the mean of
+its gradients minus ∇L. S, with entries S_k² on its diagonal, is the covariance of g_1 … g_N with divisor N - 1.
+
+The gradients here are those of the loss of *one* example. With ``reduction="mean"``, PyTorch's default, the gradient
+of a batch loss is their mean: the 1/m is already in it. With ``reduction="sum"`` it is m times that.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+
+from helpers.lab.checks import require_at_least_one, require_positive
+from helpers.lab.estimates import Estimate, function_of
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+# A ratio is reported only if its denominator, the squared gradient norm, is this many standard errors above zero:
+# nearer to zero the ratio's error is not normal.
+STANDARD_ERRORS_ABOVE_ZERO = 4
+
+
+# Closed forms
+
+
+def finite_population_variance(variance: float, batch_size: int, population_size: int) -> float:
+    """Return the variance of the noise of a batch drawn without replacement, ``S² (1/m - 1/N)``.
+
+    Parameters
+    ----------
+    variance : float or array
+        S² of one coordinate, or the whole covariance S, with divisor N - 1; or tr S, for E|ξ|².
+    batch_size, population_size : int or array of int
+        m and N.
+
+    Returns
+    -------
+    float or array
+        Zero for a batch that holds all examples. Claim ``gradient_noise.finite_population``.
+
+    Raises
+    ------
+    ValueError
+        If not ``1 <= batch_size <= population_size``.
+    """
+    _require_sizes(batch_size, population_size)
+    return variance * (1 / np.asarray(batch_size) - 1 / np.asarray(population_size))
+
+
+def with_replacement_variance(variance: float, batch_size: int, population_size: int) -> float:
+    """Return the variance of the noise of a batch drawn with replacement, ``(N-1)/N · S²/m``.
+
+    Parameters
+    ----------
+    variance : float or array
+        As in :func:`finite_population_variance`.
+    batch_size, population_size : int or array of int
+        m, which may exceed N, and N.
+
+    Returns
+    -------
+    float or array
+        Claim ``gradient_noise.with_replacement``.
+
+    Raises
+    ------
+    ValueError
+        If a size is below 1.
+    """
+    require_at_least_one(batch_size=batch_size, population_size=population_size)
+    return variance * (1 - 1 / np.asarray(population_size)) / batch_size
+
+
+def finite_population_correction(batch_size: int, population_size: int) -> float:
+    """Return the noise variance without replacement over that with replacement, ``1 - (m-1)/(N-1)``.
+
+    Raises
+    ------
+    ValueError
+        If not ``1 <= batch_size <= population_size``, or `population_size` is 1.
+    """
+    _require_sizes(batch_size, population_size, smallest=2)
+    return 1 - (np.asarray(batch_size) - 1) / (np.asarray(population_size) - 1)
+
+
+def successive_correlation(batch_size: int, population_size: int) -> float:
+    """Return the correlation of the noises of two batches of one shuffled epoch at fixed parameters, ``-m/(N-m)``.
+
+    Parameters
+    ----------
+    batch_size, population_size : int or array of int
+        m and N, with 2 m <= N: an epoch of one batch has no second.
+
+    Returns
+    -------
+    float or array
+        The same for every coordinate and any two batches of the epoch. Claim ``gradient_noise.epoch_sum``.
+
+    Raises
+    ------
+    ValueError
+        If `batch_size` is below 1 or `population_size` below twice `batch_size`.
+    """
+    _require_sizes(batch_size, population_size, smallest=2 * np.asarray(batch_size))
+    return -np.asarray(batch_size) / (np.asarray(population_size) - batch_size)
+
+
+def batch_skewness(skewness: float, batch_size: int, population_size: int) -> float:
+    """Return the skewness of a batch gradient without replacement, from that of the population.
+
+    Parameters
+    ----------
+    skewness : float or array
+        Of g_1 … g_N in one coordinate: the third central moment over the 3/2 power of the second, divisors N.
+    batch_size, population_size : int
+        m < N, and N of at least 3.
+
+    Returns
+    -------
+    float or array
+        ``γ · (N-2m)/(N-2) · √((N-1)/(m(N-m)))``, near ``γ/√m`` for small m/N and 0 for half of the population.
+        Claim ``gradient_noise.clt``.
+
+    Raises
+    ------
+    ValueError
+        If not ``1 <= batch_size < population_size``, or N is below 3.
+    """
+    _require_sizes(batch_size, population_size, smallest=np.maximum(np.asarray(batch_size) + 1, 3))
+    m, n = np.asarray(batch_size), np.asarray(population_size)
+    return skewness * (n - 2 * m) / (n - 2) * np.sqrt((n - 1) / (m * (n - m)))
+
+
+def batch_excess_kurtosis(excess_kurtosis: float, batch_size: int, population_size: int) -> float:
+    """Return the excess kurtosis of a batch gradient without replacement, from that of the population.
+
+    Parameters
+    ----------
+    excess_kurtosis : float or array
+        Of g_1 … g_N in one coordinate: the fourth central moment over the squared second, divisors N, minus 3.
+    batch_size, population_size : int
+        m < N, and N of at least 4.
+
+    Returns
+    -------
+    float or array
+        Near ``κ/m`` for small m/N. Claim ``gradient_noise.clt``.
+
+    Raises
+    ------
+    ValueError
+        If not ``1 <= batch_size < population_size``, or N is below 4.
+    """
+    _require_sizes(batch_size, population_size, smallest=np.maximum(np.asarray(batch_size) + 1, 4))
+    m, n = np.asarray(batch_size), np.asarray(population_size)
+    fourth = (n**2 - 6 * m * n + n + 6 * m**2) * (excess_kurtosis + 3) + 3 * n * (n - m - 1) * (m - 1)
+    return (n - 1) * fourth / (m * (n - m) * (n - 2) * (n - 3)) - 3
+
+
+def expected_squared_norm(
+    squared_norm: float, trace: float, batch_size: int, population_size: int, *, replacement: bool = False
+) -> float:
+    """Return the mean squared norm of a batch gradient, ``|∇L|² + E|ξ|²``.
+
+    Parameters
+    ----------
+    squared_norm : float
+        ``|∇L|²``.
+    trace : float
+        ``tr S``, with divisor N - 1.
+    batch_size, population_size : int or array of int
+        m and N.
+    replacement : bool
+        Whether an example may be drawn twice.
+
+    Returns
+    -------
+    float or array
+        ``|∇L|² + tr S (1/m - 1/N)``, with replacement ``|∇L|² + (N-1)/N · tr S/m``. Claim
+        ``gradient_noise.noise_scale``.
+
+    Raises
+    ------
+    ValueError
+        If a size is out of range.
+    """
+    noise = with_replacement_variance if replacement else finite_population_variance
+    return squared_norm + noise(trace, batch_size, population_size)
+
+
+def noise_scale(trace: float, squared_norm: float) -> float:
+    """Return the gradient-noise scale ``tr S / |∇L|²``: the batch size at which noise is as large as the gradient.
+
+    Parameters
+    ----------
+    trace : float
+        ``tr S``, the summed variances of the gradients of single examples.
+    squared_norm : float
+        ``|∇L|²``.
+
+    Returns
+    -------
+    float
+        In examples. Claim ``gradient_noise.noise_scale``; McCandlish et al. (2018) call it B_simple.
+
+    Raises
+    ------
+    ValueError
+        If an argument is not positive.
+    """
+    require_positive(trace=trace, squared_norm=squared_norm)
+    return trace / squared_norm
+
+
+# Samplers
+
+
+def sample_batches(
+    n_batches: int, batch_size: int, population_size: int, *, generator: torch.Generator
+) -> torch.Tensor:
+    """Draw independent batches without replacement: each batch is one of the C(N, m) subsets, all equally likely.
+
+    Parameters
+    ----------
+    n_batches, batch_size, population_size : int
+        m examples of N in each batch.
+    generator : torch.Generator
+        Also sets the device.
+
+    Returns
+    -------
+    torch.Tensor, int64, shape (n_batches, batch_size)
+        Which examples, counted from 0. The *set* is uniformly random; the order within a small batch is not.
+
+    Raises
+    ------
+    ValueError
+        If `n_batches` is below 1, or not ``1 <= batch_size <= population_size``.
+    """
+    require_at_least_one(n_batches=n_batches)
+    _require_sizes(batch_size, population_size)
+    if batch_size**2 > 8 * population_size:  # Floyd compares all pairs of a batch; a shuffle has no pairs
+        return _shuffles(n_batches, population_size, generator)[:, :batch_size]
+    # Floyd's algorithm (Bentley and Floyd 1987), for all batches at once: draw from the first N-m+1, N-m+2, … N
+    # examples in turn, and take the last of them if the one drawn is in the batch already.
+    last = torch.arange(population_size - batch_size, population_size, device=generator.device)[:, None]
+    uniform = torch.rand((batch_size, n_batches), generator=generator, dtype=torch.float64, device=generator.device)
+    batches = uniform.mul_(last + 1).to(torch.int32)  # (m, n_batches)
+    for j in range(1, batch_size):
+        nearest = (batches[:j] ^ batches[j]).amin(0)  # 0 if one of the earlier is the same
+        batches[j].masked_fill_(nearest == 0, population_size - batch_size + j)
+    return batches.T.to(torch.int64)
+
+
+def shuffled_epochs(
+    n_epochs: int, batch_size: int, population_size: int, *, generator: torch.Generator
+) -> torch.Tensor:
+    """Draw independent epochs, each a random partition of all examples into batches.
+
+    Parameters
+    ----------
+    n_epochs, batch_size, population_size : int
+        m must divide N.
+    generator : torch.Generator
+        Also sets the device.
+
+    Returns
+    -------
+    torch.Tensor, int64, shape (n_epochs, population_size // batch_size, batch_size)
+
+    Raises
+    ------
+    ValueError
+        If `n_epochs` is below 1, not ``1 <= batch_size <= population_size``, or m does not divide N.
+    """
+    require_at_least_one(n_epochs=n_epochs)
+    _require_sizes(batch_size, population_size)
+    if population_size % batch_size:
+        raise ValueError(f"batch_size must divide population_size {population_size}, got {batch_size}")
+    return _shuffles(n_epochs, population_size, generator).reshape(n_epochs, -1, batch_size)
+
+
+def batch_noise(gradients: torch.Tensor, batches: torch.Tensor) -> torch.Tensor:
+    """Return the noise of batch gradients, their mean over the batch minus the mean over all examples.
+
+    Parameters
+    ----------
+    gradients : torch.Tensor, shape (N, ...)
+        One row an example.
+    batches : torch.Tensor, int64, shape (..., m)
+        Which examples each batch holds.
+
+    Returns
+    -------
+    torch.Tensor, shape (n_batches..., ...)
+
+    Raises
+    ------
+    ValueError
+        If the tensors are on different devices.
+    """
+    if gradients.device != batches.device:
+        raise ValueError(f"batches must be on the device of gradients, {gradients.device}, got {batches.device}")
+    return gradients[batches].mean(batches.ndim - 1) - gradients.mean(0)
+
+
+# Gradients of single examples
+
+
+def per_sample_gradients(
+    model: nn.Module, loss: Loss, inputs: torch.Tensor, targets: torch.Tensor, *, chunk_size: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the gradient of the loss of each example with respect to every trainable parameter.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model without layers that couple the examples of a batch; in the mode (training or evaluation) in which
+        it is. Dropout draws a mask for each example.
+    loss : callable
+        ``loss(prediction, target)`` for a batch of one, such as ``torch.nn.functional.cross_entropy``: whether it
+        averages or sums over the batch makes no difference here, so no 1/m enters these gradients. Their *mean* is
+        the gradient of a mean-reduced batch loss, their *sum* that of a sum-reduced one.
+    inputs, targets : torch.Tensor, shape (n, ...)
+        On the device of the model.
+    chunk_size : int, optional
+        How many examples to treat at once; fewer need less memory beside the result, which is n times the model.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        For each parameter's name a tensor of shape (n, \\*parameter.shape), on the device of the model.
+
+    Raises
+    ------
+    ValueError
+        If the model couples examples by batch normalization, has nothing to train, the numbers of inputs and targets
+        differ or are 0, or `chunk_size` is below 1.
+    """
+    _require_examples(inputs, targets)
+    if chunk_size is not None:
+        require_at_least_one(chunk_size=chunk_size)
+    _require_uncoupled(model)
+    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("model must have a parameter that requires a gradient, got none")
+    fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    fixed |= dict(model.named_buffers())
+
+    def loss_of_one(parameters: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return loss(functional_call(model, parameters | fixed, (x[None],)), y[None]).sum()
+
+    gradient = vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different", chunk_size=chunk_size)
+    return gradient(trainable, inputs, targets)
+
+
+def flatten(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Lay the gradients of all parameters side by side, shape (n, number of parameters)."""
+    return torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)
+
+
+def per_sample_squared_norms(model: nn.Module, loss: Loss, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the squared norm of each example's gradient without computing the gradients, for linear layers.
+
+    The gradient of a linear layer's weight is the outer product of δ, the derivative by the layer's output, and the
+    layer's input a; that of its bias is δ. So the squared norms are sums over layers of ``(|a|² + 1) |δ|²``, and one
+    backward pass, which stops at the outputs of the layers, gives all of them (Goodfellow 2015).
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        All trainable parameters belong to ``torch.nn.Linear`` layers, each applied once to inputs (n, fan_in).
+    loss, inputs, targets
+        As in :func:`per_sample_gradients`.
+
+    Returns
+    -------
+    torch.Tensor, shape (n,)
+        Claim ``gradient_noise.gradient_norm_trick``.
+
+    Raises
+    ------
+    ValueError
+        If a trainable parameter belongs to another layer or to two, a layer is applied twice, never, or to inputs
+        that are not a matrix, or for the reasons of :func:`per_sample_gradients`.
+    """
+    _require_examples(inputs, targets)
+    _require_uncoupled(model)
+    layers = _linear_layers(model)
+    seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def remember(layer: nn.Module, arguments: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        if layer in seen:
+            raise ValueError(f"each linear layer must be applied once, but {layers[layer]} is applied again")
+        if arguments[0].ndim != 2:
+            raise ValueError(f"{layers[layer]} needs inputs of shape (n, fan_in), got {tuple(arguments[0].shape)}")
+        seen[layer] = arguments[0].detach(), output
+        return output.clone()  # so that an activation in place leaves `output` alone
+
+    handles = [layer.register_forward_hook(remember) for layer in layers]
+    try:
+        with torch.enable_grad():
+            predictions = model(inputs)
+            losses = vmap(lambda p, y: loss(p[None], y[None]).sum())(predictions, targets)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := [name for layer, name in layers.items() if layer not in seen]:
+        raise ValueError(f"each linear layer must be applied once, but {missing[0]} is not applied")
+    deltas = torch.autograd.grad(losses.sum(), [output for _, output in seen.values()])
+    total = torch.zeros(len(inputs), dtype=losses.dtype, device=losses.device)
+    for (layer, (layer_inputs, _)), delta in zip(seen.items(), deltas, strict=True):
+        per_delta = torch.zeros_like(total)
+        if layer.weight.requires_grad:
+            per_delta += layer_inputs.square().sum(1)
+        if layer.bias is not None and layer.bias.requires_grad:
+            per_delta += 1
+        total += per_delta * delta.square().sum(1)
+    return total
+
+
+def mean_gradient(
+    model: nn.Module, loss: Loss, inputs: torch.Tensor, targets: torch.Tensor, *, chunk_size: int = 1024
+) -> dict[str, torch.Tensor]:
+    """Return the mean of the gradients of single examples by ordinary backward passes, chunk by chunk.
+
+    Parameters
+    ----------
+    model, loss, inputs, targets
+        As in :func:`per_sample_gradients`.
+    chunk_size : int
+        Examples in a backward pass.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        For each trainable parameter's name a tensor of its shape; ``.grad`` is left alone.
+
+    Raises
+    ------
+    ValueError
+        For the reasons of :func:`per_sample_gradients`.
+    """
+    _require_examples(inputs, targets)
+    require_at_least_one(chunk_size=chunk_size)
+    _require_uncoupled(model)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("model must have a parameter that requires a gradient, got none")
+    total = {name: torch.zeros_like(p) for name, p in trainable.items()}
+    for x, y in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
+        with torch.enable_grad():
+            losses = vmap(lambda p, t: loss(p[None], t[None]).sum())(model(x), y)
+        found = torch.autograd.grad(losses.sum(), list(trainable.values()), materialize_grads=True)
+        for name, gradient in zip(trainable, found, strict=True):
+            total[name] += gradient
+    return {name: gradient / len(inputs) for name, gradient in total.items()}
+
+
+# The noise scale of your own network
+
+
+def gradient_noise_scale(
+    model: nn.Module, loss: Loss, inputs: torch.Tensor, targets: torch.Tensor, *, chunk_size: int = 256
+) -> Estimate:
+    """Estimate the gradient-noise scale of your network, with a standard error, from a sample of your data.
+
+    At a batch size of the noise scale, half of the expected squared norm of a batch gradient is noise; much smaller
+    batches waste steps, much larger ones examples.
+
+    Parameters
+    ----------
+    model, loss
+        As in :func:`per_sample_gradients`; whether `loss` averages or sums over a batch makes no difference.
+    inputs, targets : torch.Tensor, shape (n, ...)
+        Independent examples, n of at least 2; a few times the noise scale to be found.
+    chunk_size : int
+        Per-sample gradients held at once.
+
+    Returns
+    -------
+    Estimate
+        ``tr S / |∇L|²`` in examples, both unbiased: ``tr S`` has divisor n - 1, and ``tr S / n``, the noise in the
+        sample's own mean, is taken off ``|ḡ|²``. The standard error is of first order, with the part of second order
+        in ``|ḡ|²``, ``2 tr(S²)/n²``, added. Source: McCandlish et al. (2018), Appendix A.
+
+    Raises
+    ------
+    ValueError
+        If the gradient cannot be told from noise: ``|∇L|²`` is not four standard errors above zero; then more
+        examples are needed. Also for the reasons of :func:`per_sample_gradients`.
+    """
+    n = len(inputs)
+    if n < 2:
+        raise ValueError(f"inputs must hold at least 2 examples, got {n}")
+    chunks = _gradient_chunks(model, loss, inputs, targets, chunk_size)
+    mean = sum(rows.sum(0) for rows in chunks) / n  # (P,)
+    deviations, along, pairs, n_pairs = [], [], 0.0, 0
+    for rows in _gradient_chunks(model, loss, inputs, targets, chunk_size):
+        centred = rows - mean
+        deviations.append(centred.square().sum(1))
+        along.append(centred @ mean)
+        products = (centred @ centred.T).square()
+        pairs += products.sum() - products.diagonal().sum()
+        n_pairs += len(rows) * (len(rows) - 1)
+    deviations, along = torch.cat(deviations), torch.cat(along)  # (n,)
+    trace = deviations.sum() / (n - 1)
+    squared_norm = mean.square().sum() - trace / n
+    quadratic = 2 * pairs / max(n_pairs, 1) / n**2
+    norm_error = (4 * along.square().mean() / n + quadratic).sqrt()
+    if not squared_norm > STANDARD_ERRORS_ABOVE_ZERO * norm_error:
+        raise ValueError(
+            f"|∇L|² must be {STANDARD_ERRORS_ABOVE_ZERO} standard errors above zero, got {squared_norm:.3g} with "
+            f"standard error {norm_error:.3g}: {n} examples are too few to tell the gradient from its noise"
+        )
+    scale = trace / squared_norm
+    influence = (deviations - deviations.mean() - scale * 2 * along) / squared_norm
+    variance = influence.square().mean() / n + (scale / squared_norm).square() * quadratic
+    skewness = influence.pow(3).mean() / influence.square().mean().pow(1.5)
+    return Estimate(scale.item(), variance.sqrt().item(), n, skewness.item())
+
+
+def two_batch_noise_scale(
+    small: torch.Tensor,
+    large: torch.Tensor,
+    *,
+    small_batch_size: int,
+    large_batch_size: int,
+    population_size: int | None = None,
+) -> Estimate:
+    """Estimate the gradient-noise scale from squared norms of batch gradients of two sizes.
+
+    Data-parallel training has both for free: the gradient of one worker, and the mean over all workers.
+
+    Parameters
+    ----------
+    small, large : torch.Tensor, shape (n,)
+        Squared norms of mean-reduced batch gradients at the same parameters; different rows independent.
+    small_batch_size, large_batch_size : int
+        Their sizes b < B.
+    population_size : int, optional
+        N, if batches are drawn without replacement from N examples; otherwise ``|∇L|²`` is low by ``tr S/N``.
+
+    Returns
+    -------
+    Estimate
+        The ratio of ``tr S = (E small - E large) / (1/b - 1/B)`` and ``|∇L|² = (B E large - b E small) / (B - b)
+        [+ tr S/N]``. Averaging the ratios of single rows instead is biased, often badly. Claim
+        ``gradient_noise.noise_scale``; McCandlish et al. (2018), Appendix A.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, not ``1 <= b < B``, or ``|∇L|²`` is not four standard errors above zero.
+    """
+    if small.shape != large.shape or small.ndim != 1:
+        raise ValueError(f"small and large must have one shape (n,), got {tuple(small.shape)}, {tuple(large.shape)}")
+    require_at_least_one(small_batch_size=small_batch_size)
+    if not small_batch_size < large_batch_size:
+        raise ValueError(f"small_batch_size must be below {large_batch_size}, got {small_batch_size}")
+
+    def trace(norms: torch.Tensor) -> torch.Tensor:
+        return (norms[0] - norms[1]) / (1 / small_batch_size - 1 / large_batch_size)
+
+    def squared_norm(norms: torch.Tensor) -> torch.Tensor:
+        weighted = large_batch_size * norms[1] - small_batch_size * norms[0]
+        missing = 0 if population_size is None else trace(norms) / population_size
+        return weighted / (large_batch_size - small_batch_size) + missing
+
+    rows = torch.stack([small, large], dim=1)  # (n, 2)
+    found = function_of(squared_norm, rows)
+    if not found.value > STANDARD_ERRORS_ABOVE_ZERO * found.stderr:
+        raise ValueError(
+            f"|∇L|² must be {STANDARD_ERRORS_ABOVE_ZERO} standard errors above zero, got {found.value:.3g} "
+            f"± {found.stderr:.3g}: measure more batches"
+        )
+    return function_of(lambda norms: trace(norms) / squared_norm(norms), rows)
+
+
+def _gradient_chunks(
+    model: nn.Module, loss: Loss, inputs: torch.Tensor, targets: torch.Tensor, chunk_size: int
+) -> Iterator[torch.Tensor]:
+    _require_examples(inputs, targets)
+    require_at_least_one(chunk_size=chunk_size)
+    for x, y in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
+        yield flatten(per_sample_gradients(model, loss, x, y))
+
+
+def _shuffles(n: int, population_size: int, generator: torch.Generator) -> torch.Tensor:
+    where = {"generator": generator, "device": generator.device}
+    return torch.stack([torch.randperm(population_size, **where) for _ in range(n)])
+
+
+def _linear_layers(model: nn.Module) -> dict[nn.Linear, str]:
+    """Return the linear layers with something to train, and their names, if nothing else can be trained."""
+    layers = {
+        layer: name or "the model"
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and any(p.requires_grad for p in layer.parameters())
+    }
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(p, []).append(name)
+    own = {p for layer in layers for p in layer.parameters()}
+    for p, names in owners.items():
+        if p.requires_grad and p not in own:
+            raise ValueError(f"all trainable parameters must belong to linear layers, got one of {names[0]!r}")
+        if p.requires_grad and len(names) > 1:
+            raise ValueError(f"each parameter must belong to one layer, got one shared by {' and '.join(names)}")
+    if not layers:
+        raise ValueError("model must have a linear layer to train, got none")
+    return layers
+
+
+def _require_sizes(batch_size: int, population_size: int, *, smallest: int = 1) -> None:
+    require_at_least_one(batch_size=batch_size)
+    if not (np.asarray(batch_size) <= np.asarray(population_size)).all():
+        raise ValueError(f"batch_size must not exceed population_size {population_size}, got {batch_size}")
+    if not (np.asarray(population_size) >= smallest).all():
+        raise ValueError(
+            f"population_size must be at least {smallest} for batch_size {batch_size}, got {population_size}"
+        )
+
+
+def _require_examples(inputs: torch.Tensor, targets: torch.Tensor) -> None:
+    if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets) or len(inputs) == 0:
+        raise ValueError(
+            "inputs and targets must hold the same number of examples, at least 1, "
+            f"got shapes {tuple(inputs.shape)} and {tuple(targets.shape)}"
+        )
+
+
+def _require_uncoupled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if batch_norm and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"examples must not be coupled, but {name or 'the model'} normalizes by the statistics of its batch, "
+                f"so that one example has no gradient of its own: got {type(module).__name__}; "
+                "call model.eval() to use its running statistics, or use GroupNorm or LayerNorm"
+            )
