@@ -37,7 +37,8 @@ html: $(VENV)/.installed-book
 	$(BIN)/jupyter-book build . -W -n --keep-going --all
 
 test: $(VENV)/.installed-test lint  ## check everything that CI checks
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --ignore tests/browser tests
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --ignore tests/browser --ignore tests/any_device tests
+	$(BIN)/pytest tests/any_device  # adds a device to its process
 	PYTHONPATH=$(CURDIR)/tests/no_network $(BIN)/pytest --nbval --nbval-current-env -n $(JOBS) --dist loadscope book
 	$(MAKE) browser
 

@@ -24,6 +24,11 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # nearer to zero the ratio's error is not normal.
 STANDARD_ERRORS_ABOVE_ZERO = 4
 
+# Up to here sorting a row of random keys is faster than a call of randperm.
+SMALL_POPULATION = 64
+# Batches that Floyd's algorithm draws at once: enough to amortize a call, few enough for the cache.
+FLOYD_CHUNK = 2**14
+
 
 # Closed forms
 
@@ -246,15 +251,10 @@ def sample_batches(
     _require_sizes(batch_size, population_size)
     if batch_size**2 > 8 * population_size:  # Floyd compares all pairs of a batch; a shuffle has no pairs
         return _shuffles(n_batches, population_size, generator)[:, :batch_size]
-    # Floyd's algorithm (Bentley and Floyd 1987), for all batches at once: draw from the first N-m+1, N-m+2, … N
-    # examples in turn, and take the last of them if the one drawn is in the batch already.
-    last = torch.arange(population_size - batch_size, population_size, device=generator.device)[:, None]
-    uniform = torch.rand((batch_size, n_batches), generator=generator, dtype=torch.float64, device=generator.device)
-    batches = uniform.mul_(last + 1).to(torch.int32)  # (m, n_batches)
-    for j in range(1, batch_size):
-        nearest = (batches[:j] ^ batches[j]).amin(0)  # 0 if one of the earlier is the same
-        batches[j].masked_fill_(nearest == 0, population_size - batch_size + j)
-    return batches.T.to(torch.int64)
+    batches = torch.empty((batch_size, n_batches), dtype=torch.int64, device=generator.device)
+    for some in batches.split(FLOYD_CHUNK, dim=1):
+        some.copy_(_floyd(some.shape[1], batch_size, population_size, generator))
+    return batches.T
 
 
 def shuffled_epochs(
@@ -271,7 +271,8 @@ def shuffled_epochs(
 
     Returns
     -------
-    torch.Tensor, int64, shape (n_epochs, population_size // batch_size, batch_size)
+    torch.Tensor, int64, shape (n_epochs, n_batches, batch_size)
+        With ``n_batches = population_size / batch_size``.
 
     Raises
     ------
@@ -333,7 +334,7 @@ def per_sample_gradients(
 
     Returns
     -------
-    dict of str to torch.Tensor
+    dict
         For each parameter's name a tensor of shape (n, \\*parameter.shape), on the device of the model.
 
     Raises
@@ -438,7 +439,7 @@ def mean_gradient(
 
     Returns
     -------
-    dict of str to torch.Tensor
+    dict
         For each trainable parameter's name a tensor of its shape; ``.grad`` is left alone.
 
     Raises
@@ -593,7 +594,27 @@ def _gradient_chunks(
 
 def _shuffles(n: int, population_size: int, generator: torch.Generator) -> torch.Tensor:
     where = {"generator": generator, "device": generator.device}
+    if population_size <= SMALL_POPULATION:  # sorting random keys, many rows at once; two keys are never equal
+        return torch.rand((n, population_size), dtype=torch.float64, **where).argsort(1)
     return torch.stack([torch.randperm(population_size, **where) for _ in range(n)])
+
+
+def _floyd(n_batches: int, batch_size: int, population_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw batches, shape (m, n_batches), by Floyd's algorithm (Bentley and Floyd 1987), for all batches at once.
+
+    Draw from the first N-m+1, N-m+2, … N examples in turn, and take the last of them if the one drawn is in the batch
+    already.
+    """
+    fits = torch.int16 if population_size <= 2**15 else torch.int32  # comparing pairs is a matter of memory traffic
+    batches = torch.empty((batch_size, n_batches), dtype=fits, device=generator.device)
+    uniform = torch.empty(n_batches, dtype=torch.float64, device=generator.device)
+    for j, drawn in enumerate(batches):
+        last = population_size - batch_size + j
+        drawn.copy_(uniform.uniform_(0, last + 1, generator=generator))
+        if j:
+            nearest = (batches[:j] ^ drawn).amin(0)  # 0 if one of the earlier is the same; far faster than == and any
+            drawn.masked_fill_(nearest.logical_not(), last)
+    return batches
 
 
 def _linear_layers(model: nn.Module) -> dict[nn.Linear, str]:

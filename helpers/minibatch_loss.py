@@ -337,11 +337,12 @@ def shared_shift_gradients(
     def normal(std: float, columns: int) -> torch.Tensor:
         return _standardized((n_batches, columns), "gaussian", generator, dtype).mul_(std)
 
+    # In place, because fresh memory costs more than the arithmetic.
     clean = normal(feature_std, batch_size)
-    labels = true_slope * clean + normal(label_std, batch_size)
-    inputs = clean + normal(shift_std, 1)
-    residuals = slope * inputs + intercept - labels
-    return torch.stack([residuals * inputs, residuals], dim=-1)
+    labels = (true_slope * clean).add_(normal(label_std, batch_size))
+    inputs = clean.add_(normal(shift_std, 1))
+    residuals = (slope * inputs).add_(intercept).sub_(labels)
+    return torch.stack([inputs.mul_(residuals), residuals], dim=-1)
 
 
 def shared_shift_moments(
@@ -505,12 +506,12 @@ def stable_losses(
     require_at_least_one(n_batches=n_batches, batch_size=batch_size)
     shape = (n_batches, batch_size)
     uniform = torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
-    angle = (uniform - 0.5) * math.pi
+    angle = uniform.sub_(0.5).mul_(math.pi)
     waiting_time = _exponential(shape, generator, dtype).clamp_(min=torch.finfo(dtype).tiny)
     # Rounded, an angle of -π/2 has a negative cosine.
     cosine = torch.cos(angle).clamp_(min=torch.finfo(dtype).eps)
-    tail = (torch.cos((1 - alpha) * angle).clamp_(min=torch.finfo(dtype).eps) / waiting_time).pow((1 - alpha) / alpha)
-    return torch.sin(alpha * angle) / cosine.pow(1 / alpha) * tail
+    tail = ((1 - alpha) * angle).cos_().clamp_(min=torch.finfo(dtype).eps).div_(waiting_time).pow_((1 - alpha) / alpha)
+    return angle.mul_(alpha).sin_().div_(cosine.pow_(1 / alpha)).mul_(tail)
 
 
 def stable_spread(alpha: float, batch_size: int) -> float:

@@ -1,0 +1,151 @@
+"""A call of every public tensor function of ``helpers``, with arguments that are made on a given device.
+
+A function has a row for each of its ways to make tensors. ``Place`` makes the arguments.
+"""
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from helpers import gradient_noise, minibatch_loss
+from helpers.lab import checks, claims, datasets, estimates, models, runtime, training
+
+LOSSES = {"n_batches": 5, "batch_size": 4, "mean": 1.5, "std": 0.7}
+SHIFT = {
+    "slope": 1.7,
+    "true_slope": 0.6,
+    "intercept": -0.8,
+    "feature_std": 1.3,
+    "shift_std": 0.45,
+    "label_std": 0.9,
+}
+ID = "any.device"
+
+
+def problem(at, n=6):
+    return {"model": at.model(), "loss": cross_entropy, "inputs": at.normal(n, 3), "targets": at.integers(2, n)}
+
+
+def one_sided_problem(at):
+    """With one label only, the gradient is large beside its noise."""
+    return problem(at, 60) | {"targets": torch.zeros(60, dtype=torch.int64, device=at.device)}
+
+
+def squared_norms(at):
+    return {
+        "small": 9 + 0.01 * at.normal(50),
+        "large": 5 + 0.01 * at.normal(50),
+        "small_batch_size": 1,
+        "large_batch_size": 2,
+    }
+
+
+def images(at):
+    return {
+        "images": at.normal(4, 64),
+        "shift": at.integers(9, 4, 2),
+        "noise_level": at.normal(4).abs(),
+        "generator": at.generator,
+    }
+
+
+def classification(at):
+    return {"model": at.model(), "x": at.normal(6, 3), "y": at.integers(2, 6)}
+
+
+def schedule(at):
+    return classification(at) | {"epochs": 2, "batch_size": 4, "learning_rate": 0.1, "generator": at.generator}
+
+
+def samples(at):
+    return {"samples": 3 + at.normal(400, 2)}
+
+
+def agreement(at):
+    simulated = estimates.Estimate([1.001, 2.001], 0.001, 1000, 0.0)
+    return {"id": ID, "simulated": simulated, "formula": 1 + torch.arange(2.0, device=at.device)}
+
+
+def equal(at):
+    number = at.normal(3).abs() + 1
+    return {"id": ID, "formula": number, "computed": number.clone(), "scale": number}
+
+
+def bound(at):
+    number = at.normal(3).abs() + 1
+    return {
+        "id": ID,
+        "observed": number,
+        "bound": number + 1,
+        "attained": (number, number),
+        "control": (number + 1, number),
+    }
+
+
+# Run on the other device, where tensors have no values.
+ELSEWHERE = [
+    (minibatch_loss.iid_losses, lambda at: LOSSES | {"generator": at.generator}),
+    (minibatch_loss.iid_losses, lambda at: LOSSES | {"marginal": "exponential", "generator": at.generator}),
+    (minibatch_loss.equicorrelated_losses, lambda at: LOSSES | {"correlation": 0.4, "generator": at.generator}),
+    (minibatch_loss.equicorrelated_losses, lambda at: LOSSES | {"correlation": -0.2, "generator": at.generator}),
+    (
+        minibatch_loss.shared_shift_gradients,
+        lambda at: SHIFT | {"n_batches": 5, "batch_size": 4, "generator": at.generator},
+    ),
+    (
+        minibatch_loss.stable_losses,
+        lambda at: {"n_batches": 5, "batch_size": 4, "alpha": 1.5, "generator": at.generator},
+    ),
+    (  # a small batch, by Floyd's algorithm
+        gradient_noise.sample_batches,
+        lambda at: {"n_batches": 5, "batch_size": 3, "population_size": 20, "generator": at.generator},
+    ),
+    (  # a large one, by a shuffle of a few examples
+        gradient_noise.sample_batches,
+        lambda at: {"n_batches": 5, "batch_size": 18, "population_size": 20, "generator": at.generator},
+    ),
+    (  # and of many
+        gradient_noise.sample_batches,
+        lambda at: {"n_batches": 5, "batch_size": 180, "population_size": 200, "generator": at.generator},
+    ),
+    (
+        gradient_noise.shuffled_epochs,
+        lambda at: {"n_epochs": 5, "batch_size": 4, "population_size": 20, "generator": at.generator},
+    ),
+    (gradient_noise.batch_noise, lambda at: {"gradients": at.normal(20, 3), "batches": at.integers(20, 5, 4)}),
+    (gradient_noise.per_sample_gradients, problem),
+    (gradient_noise.per_sample_gradients, lambda at: problem(at) | {"chunk_size": 4}),
+    (gradient_noise.flatten, lambda at: {"gradients": {"weight": at.normal(6, 4, 3), "bias": at.normal(6, 4)}}),
+    (gradient_noise.per_sample_squared_norms, problem),
+    (gradient_noise.mean_gradient, lambda at: problem(at) | {"chunk_size": 4}),
+    (checks.require_same_device, lambda at: {"generator": at.generator, "x": at.normal(3)}),
+    (datasets.digits, lambda at: {}),
+    (training.train, schedule),
+    (training.per_sample_loss, classification),
+    (training.accuracy, classification),
+]
+
+# Decide by values, or hand them to NumPy: run on the CPU, where every new tensor must be told its device.
+BY_VALUES = [
+    (minibatch_loss.intraclass_correlation, lambda at: {"losses": at.normal(100, 4)}),
+    (gradient_noise.gradient_noise_scale, one_sided_problem),
+    (gradient_noise.two_batch_noise_scale, squared_norms),
+    (gradient_noise.two_batch_noise_scale, lambda at: squared_norms(at) | {"population_size": 100}),
+    (datasets.augment, images),
+    (estimates.mean, samples),
+    (estimates.proportion, lambda at: {"events": at.normal(20, 2) > 0}),
+    (estimates.variance, samples),
+    (estimates.covariance, samples),
+    (estimates.function_of, lambda at: samples(at) | {"function": lambda means: means[0] / means[1]}),
+    (claims.agree, agreement),
+    (claims.check_agree, agreement),
+    (claims.exact, equal),
+    (claims.check_exact, equal),
+    (claims.bounded, bound),
+    (claims.check_bounded, bound),
+]
+
+# Build a model, on the CPU, whose parameters then move.
+MODELS = [(models.mlp, {"sizes": (3, 4, 2)}, lambda at: at.normal(5, 3).float())]
+
+# Not run: they say what the device is.
+CHOOSE_THE_DEVICE = [runtime.device, runtime.generator]
