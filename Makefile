@@ -11,9 +11,10 @@ HTML := _build/html/index.html
 EXTRAS_book := book
 EXTRAS_lab := lab
 EXTRAS_test := book,test
+EXTRAS_bench := bench
 
 .DEFAULT_GOAL := help
-.PHONY: help book html test browser lint lab execute ledger reseed constraints clean
+.PHONY: help book html test browser lint lab execute ledger reseed bench constraints clean
 .DELETE_ON_ERROR:
 
 # What is stored in the notebooks was computed like this: one thread, so that sums have one order, and one seed.
@@ -64,6 +65,9 @@ ledger: $(VENV)/.installed-test
 reseed: $(VENV)/.installed-test  ## check every claim under SEEDS=20 fresh seeds, or SEED=7; on Dask: SCHEDULER=tcp://host:8786
 	$(BIN)/python -m helpers.lab.reseed --seeds $(SEEDS) --jobs $(JOBS) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(SCHEDULER),--scheduler $(SCHEDULER)) $(NOTEBOOKS)
+
+bench: $(VENV)/.installed-bench  ## time the helpers beside Opacus, BackPACK and bare random numbers
+	$(BIN)/python -m benchmarks
 
 constraints: $(VENV)/.created  ## renew constraints.txt; torch stays until its line there is edited
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv

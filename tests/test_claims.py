@@ -30,7 +30,7 @@ from helpers.lab.runtime import rng
 
 ID = "chapter.slug"
 FALSE_ALARM, MISS = 1e-6, 1e-3
-CLAIMS = 20_000
+CLAIMS = 8_000
 N = 10**6  # large, so that skewness does not matter
 rates = pytest.mark.parametrize("rate", [0.01, 0.001])
 SETTINGS = [{"s": 2.0, "m": 3}, {"s": 0.5, "m": 8}, {"s": 3.5, "m": 5}]

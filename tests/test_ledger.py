@@ -180,9 +180,9 @@ def test_figures_are_those_of_the_claims_row(tmp_path, claim):
 
 @pytest.mark.parametrize(
     ("observed", "shown"),
-    [(Estimate(0.25, 0.01, N, 0), "0.25"), (proportion(np.arange(8) < 3), "0.375")],
+    [(Estimate(0.25, 0.01, N, 0), "0.25 ± 0.01"), (proportion(np.arange(8) < 3), "3 of 8")],
 )
-def test_a_bound_on_an_estimate_shows_its_value(tmp_path, observed, shown):
+def test_a_bound_on_an_estimate_shows_how_sure_it_is(tmp_path, observed, shown):
     claim = check_bounded("tiny.below", observed, bound=0.9, control=(1.0, 0.9))
     (row,) = ledger_of(tmp_path, claim).rows
     assert row["cells"][3:5] == ("≤ 0.9", shown)
@@ -369,9 +369,7 @@ def test_figures_of_the_stored_ledger_are_those_of_the_claims_rows():
     assert len(rows) == len(records)
     for row in rows:
         record = by_id[row["id"]].pop(0)
-        # A bounded proportion shows its counts in the row, and its value in the ledger.
-        shown = row["cells"][3:4] if " of " in record["row"] else shown_by_row(row["cells"], record["kind"])
-        for text in shown:
+        for text in shown_by_row(row["cells"], record["kind"]):
             assert text in record["row"]
 
 

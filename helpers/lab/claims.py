@@ -363,6 +363,7 @@ def check_bounded(
             problems.append("the control, which should break the bound, does not")
     figures = {
         "observed": _plain(value),
+        "seen": _observation(observed, tightest),
         "bound": _plain(bound),
         "slack": None if slack is None else _plain(slack),
         "shown": int(closeness.argmax()),

@@ -119,7 +119,7 @@ def _row(record: Mapping[str, Any], page: str, source: str) -> dict[str, Any]:
     elif record["kind"] == "exact":
         theory, simulated = _figure(record["formula"], at), _figure(record["computed"], at)
     else:
-        theory, simulated = f"≤ {_figure(record['bound'], at)}", _figure(record["observed"], at)
+        theory, simulated = f"≤ {_figure(record['bound'], at)}", record["seen"]
     cells = (record["case"], source, derived, theory, simulated, z, catches)
     return {"id": record["id"], "chapter": record["id"].partition(".")[0], "page": page, "cells": cells}
 

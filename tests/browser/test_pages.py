@@ -83,7 +83,9 @@ def test_the_text_is_light(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(page, scheme):
     dress(page, WIDE, scheme)
-    violations = Axe().run(page).response["violations"]
+    # In the dark only colours are different.
+    options = {"runOnly": ["cat.color"]} if scheme == "dark" else None
+    violations = Axe().run(page, options=options).response["violations"]
     serious = [
         f"{found['id']}: {node['html'][:160]}"
         for found in violations
@@ -116,7 +118,7 @@ def test_the_text_shows_within_a_second(open_page, path):
     paint = "performance.getEntriesByName('first-contentful-paint')"
     times = []
     for _ in range(3):  # other tests load the machine: the best of three counts
-        page.reload(wait_until="load")
+        page.reload(wait_until="commit")
         page.wait_for_function(f"{paint}.length > 0")
         times.append(page.evaluate(f"{paint}[0].startTime"))
     assert min(times) < 1000

@@ -1,0 +1,92 @@
+"""Gradients of single examples, and their norms, against Opacus, BackPACK and a plain loop."""
+
+import copy
+import warnings
+
+import torch
+from backpack import backpack, extend
+from backpack.extensions import BatchGrad
+from opacus import GradSampleModule
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.timing import Call, Race, require_equal
+from helpers.gradient_noise import per_sample_gradients, per_sample_squared_norms
+from helpers.lab import generator, models, seeded
+
+SIZES = (64, 256, 256, 10)
+EXAMPLES = 256
+
+Gradients = dict[str, torch.Tensor]
+
+
+def races() -> list[Race]:
+    # The hooks of both peers make PyTorch say that no input requires a gradient.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    with seeded("benchmark model"):
+        model = models.mlp(SIZES)
+    source = generator("benchmark examples")
+    inputs = torch.randn((EXAMPLES, SIZES[0]), generator=source, device=source.device)
+    targets = torch.randint(SIZES[-1], (EXAMPLES,), generator=source, device=source.device)
+    model.to(source.device)
+
+    def ours() -> Gradients:
+        return per_sample_gradients(model, F.cross_entropy, inputs, targets)
+
+    def norms() -> torch.Tensor:
+        return per_sample_squared_norms(model, F.cross_entropy, inputs, targets)
+
+    def norms_of_gradients() -> torch.Tensor:
+        return sum(g.flatten(1).square().sum(1) for g in ours().values())
+
+    others = {
+        "Opacus": by_opacus(model, inputs, targets),
+        "BackPACK": by_backpack(model, inputs, targets),
+        "loop": by_loop(model, inputs, targets),
+    }
+    for other in others.values():
+        require_equal(other(), ours())
+    require_equal(norms_of_gradients(), norms())
+    return [
+        Race("per-sample gradients", "per_sample_gradients", ours, others, at_least=1),
+        Race("norms", "per_sample_squared_norms", norms, {"gradients": norms_of_gradients}, at_least=10),
+    ]
+
+
+def by_opacus(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> Call:
+    own = GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
+
+    def gradients() -> Gradients:
+        for p in own.parameters():
+            p.grad = p.grad_sample = None
+        F.cross_entropy(own(inputs), targets, reduction="sum").backward()
+        return {name.removeprefix("_module."): p.grad_sample for name, p in own.named_parameters()}
+
+    return gradients
+
+
+def by_backpack(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> Call:
+    own = extend(copy.deepcopy(model))
+    loss = extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def gradients() -> Gradients:
+        for p in own.parameters():
+            p.grad = p.grad_batch = None
+        with backpack(BatchGrad()):
+            loss(own(inputs), targets).backward()
+        return {name: p.grad_batch for name, p in own.named_parameters()}
+
+    return gradients
+
+
+def by_loop(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> Call:
+    parameters = dict(model.named_parameters())
+
+    def gradients() -> Gradients:
+        rows = [
+            torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), list(parameters.values()))
+            for x, y in zip(inputs, targets, strict=True)
+        ]
+        return {name: torch.stack(column) for name, column in zip(parameters, zip(*rows, strict=True), strict=True)}
+
+    return gradients
