@@ -363,7 +363,7 @@ def per_sample_gradients(
 
     gradient = vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different", chunk_size=chunk_size)
     size = len(inputs) * sum(p.numel() for p in trainable.values())
-    with _OuterProducts() if size >= LARGE_GRADIENTS and inputs.device.type == "cpu" else nullcontext():
+    with _OuterProducts() if size >= LARGE_GRADIENTS and inputs.is_cpu else nullcontext():
         return gradient(trainable, inputs, targets)
 
 
