@@ -57,10 +57,8 @@ def by_opacus(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> 
     own = GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
 
     def gradients() -> Gradients:
-        for p in own.parameters():
-            p.grad = p.grad_sample = None
         F.cross_entropy(own(inputs), targets, reduction="sum").backward()
-        return {name.removeprefix("_module."): p.grad_sample for name, p in own.named_parameters()}
+        return {name.removeprefix("_module."): take(p, "grad_sample") for name, p in own.named_parameters()}
 
     return gradients
 
@@ -70,13 +68,21 @@ def by_backpack(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -
     loss = extend(nn.CrossEntropyLoss(reduction="sum"))
 
     def gradients() -> Gradients:
-        for p in own.parameters():
-            p.grad = p.grad_batch = None
         with backpack(BatchGrad()):
             loss(own(inputs), targets).backward()
-        return {name: p.grad_batch for name, p in own.named_parameters()}
+        return {name: take(p, "grad_batch") for name, p in own.named_parameters()}
 
     return gradients
+
+
+def take(parameter: nn.Parameter, where: str) -> torch.Tensor:
+    """Take what a peer left on a parameter, so that the memory is free after a call: whoever frees his own only when
+    the next call starts gets warm memory for it.
+    """
+    found = getattr(parameter, where)
+    setattr(parameter, where, None)
+    parameter.grad = None
+    return found
 
 
 def by_loop(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> Call:

@@ -654,7 +654,7 @@ def _linear_layers(model: nn.Module) -> dict[nn.Linear, str]:
     for name, module in model.named_modules():
         for p in module.parameters(recurse=False):
             owners.setdefault(p, []).append(name)
-    own = {p for layer in layers for p in layer.parameters(recurse=False)}  # not those of which a weight is computed
+    own = {p for layer in layers for p in (layer.weight, layer.bias) if isinstance(p, nn.Parameter)}
     for p, names in owners.items():
         if p.requires_grad and p not in own:
             raise ValueError(f"all trainable parameters must belong to linear layers, got one of {names[0]!r}")
