@@ -421,7 +421,7 @@ def per_sample_squared_norms(model: nn.Module, loss: Loss, inputs: torch.Tensor,
             handle.remove()
     if missing := [name for layer, name in layers.items() if layer not in seen]:
         raise ValueError(f"each linear layer must be applied once, but {missing[0]} is not applied")
-    deltas = torch.autograd.grad(total, [output for _, output in seen.values()])
+    deltas = torch.autograd.grad(total, [output for _, output in seen.values()], materialize_grads=True)
     squared = torch.zeros(len(inputs), dtype=total.dtype, device=total.device)
     for (layer, (layer_inputs, _)), delta in zip(seen.items(), deltas, strict=True):
         per_delta = torch.zeros_like(squared)
@@ -489,7 +489,7 @@ def gradient_noise_scale(
     inputs, targets : torch.Tensor, shape (n, ...)
         Independent examples, n of at least 2; a few times the noise scale to be found.
     chunk_size : int
-        Per-sample gradients held at once.
+        Per-sample gradients held at once, at least 2.
 
     Returns
     -------
@@ -502,11 +502,15 @@ def gradient_noise_scale(
     ------
     ValueError
         If the gradient cannot be told from noise: ``|∇L|²`` is not four standard errors above zero; then more
-        examples are needed. Also for the reasons of :func:`per_sample_gradients`.
+        examples are needed. If all examples have the same gradient, or `chunk_size` is below 2. Also for the reasons
+        of :func:`per_sample_gradients`.
     """
     n = len(inputs)
     if n < 2:
         raise ValueError(f"inputs must hold at least 2 examples, got {n}")
+    require_at_least_one(chunk_size=chunk_size)
+    if chunk_size < 2:
+        raise ValueError(f"chunk_size must be at least 2, since pairs of examples are compared, got {chunk_size}")
     chunks = _gradient_chunks(model, loss, inputs, targets, chunk_size)
     mean = sum(rows.sum(0) for rows in chunks) / n  # (P,)
     deviations, along, pairs, n_pairs = [], [], 0.0, 0
@@ -519,6 +523,8 @@ def gradient_noise_scale(
         n_pairs += len(rows) * (len(rows) - 1)
     deviations, along = torch.cat(deviations), torch.cat(along)  # (n,)
     trace = deviations.sum() / (n - 1)
+    if not trace > torch.finfo(trace.dtype).eps * mean.square().sum():
+        raise ValueError(f"examples must differ in their gradients, got a variance of {trace:.3g}")
     squared_norm = mean.square().sum() - trace / n
     # Var |ḡ|² is 4 ∇Lᵀ S ∇L / n + 2 tr(S²)/n²; with ḡ in place of ∇L the first part is 4 tr(S²)/n² too large.
     quadratic = 2 * pairs / max(n_pairs, 1) / n**2
@@ -567,13 +573,15 @@ def two_batch_noise_scale(
     Raises
     ------
     ValueError
-        If the shapes differ, not ``1 <= b < B``, or ``|∇L|²`` is not four standard errors above zero.
+        If the shapes differ, not ``1 <= b < B <= N``, or ``|∇L|²`` is not four standard errors above zero.
     """
     if small.shape != large.shape or small.ndim != 1:
         raise ValueError(f"small and large must have one shape (n,), got {tuple(small.shape)}, {tuple(large.shape)}")
     require_at_least_one(small_batch_size=small_batch_size)
     if not small_batch_size < large_batch_size:
         raise ValueError(f"small_batch_size must be below {large_batch_size}, got {small_batch_size}")
+    if population_size is not None:
+        _require_sizes(large_batch_size, population_size)
 
     def trace(norms: torch.Tensor) -> torch.Tensor:
         return (norms[0] - norms[1]) / (1 / small_batch_size - 1 / large_batch_size)
@@ -631,7 +639,8 @@ def _floyd(n_batches: int, batch_size: int, population_size: int, generator: tor
     Draw from the first N-m+1, N-m+2, … N examples in turn, and take the last of them if the one drawn is in the batch
     already.
     """
-    fits = torch.int16 if population_size <= 2**15 else torch.int32  # comparing pairs is a matter of memory traffic
+    # The smallest type that holds N: comparing pairs is a matter of memory traffic.
+    fits = next(x for x in (torch.int16, torch.int32, torch.int64) if population_size <= torch.iinfo(x).max)
     batches = torch.empty((batch_size, n_batches), dtype=fits, device=generator.device)
     uniform = torch.empty(n_batches, dtype=torch.float64, device=generator.device)
     for j, drawn in enumerate(batches):

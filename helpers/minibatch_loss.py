@@ -508,10 +508,11 @@ def stable_losses(
     uniform = torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
     angle = uniform.sub_(0.5).mul_(math.pi)
     waiting_time = _exponential(shape, generator, dtype).clamp_(min=torch.finfo(dtype).tiny)
-    # Rounded, an angle of -π/2 has a negative cosine.
-    cosine = torch.cos(angle).clamp_(min=torch.finfo(dtype).eps)
-    tail = ((1 - alpha) * angle).cos_().clamp_(min=torch.finfo(dtype).eps).div_(waiting_time).pow_((1 - alpha) / alpha)
-    return angle.mul_(alpha).sin_().div_(cosine.pow_(1 / alpha)).mul_(tail)
+    # Rounded, an angle of -π/2 has a negative cosine. Two logarithms and one exponential are faster than two powers.
+    eps = torch.finfo(dtype).eps
+    tail = ((1 - alpha) * angle).cos_().clamp_(min=eps).div_(waiting_time).log_().mul_(1 - alpha)
+    tail.sub_(angle.cos().clamp_(min=eps).log_()).div_(alpha).exp_()
+    return angle.mul_(alpha).sin_().mul_(tail)
 
 
 def stable_spread(alpha: float, batch_size: int) -> float:
