@@ -573,7 +573,8 @@ def two_batch_noise_scale(
     Raises
     ------
     ValueError
-        If the shapes differ, not ``1 <= b < B <= N``, or ``|∇L|²`` is not four standard errors above zero.
+        If the shapes differ, not ``1 <= b < B <= N``, ``|∇L|²`` is not four standard errors above zero, or so few
+        that the ratio's error is not of first order (see :func:`helpers.lab.estimates.function_of`).
     """
     if small.shape != large.shape or small.ndim != 1:
         raise ValueError(f"small and large must have one shape (n,), got {tuple(small.shape)}, {tuple(large.shape)}")
