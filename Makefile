@@ -44,7 +44,7 @@ test: $(VENV)/.installed-test lint  ## check everything that CI checks
 	$(MAKE) browser
 
 browser: $(VENV)/.installed-test html  ## look at every page in an installed Chromium
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup -rs tests/browser
+	$(BIN)/pytest -n $(JOBS) -rs tests/browser
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

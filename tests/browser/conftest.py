@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -9,11 +10,24 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
+from xdist.scheduler import LoadScopeScheduling
 
 HTML = Path(__file__).parents[2] / "_build" / "html"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+
+
+class ByPage(LoadScopeScheduling):
+    """Gives all tests of a page to one worker, which opens it once. (Marked groups have no effect under pytest 9.2.)"""
+
+    def _split_scope(self, nodeid):
+        page = re.search(r"[\w/]+\.html", nodeid)
+        return page[0] if page else nodeid
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return ByPage(config, log)
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -42,15 +56,12 @@ def browser():
         yield playwright.chromium.launch(executable_path=path, args=list(FLAGS))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def open_page(browser, site):
     """Return a function that opens a page of the book; the page then holds what went wrong in `troubles`."""
-    contexts = []
 
-    def open_(path, *, viewport=WIDE, scheme="light", address=site):
-        context = browser.new_context(viewport=viewport, color_scheme=scheme)
-        contexts.append(context)
-        page, troubles = context.new_page(), []
+    def open_(path, *, address=site):
+        page, troubles = browser.new_page(viewport=WIDE, color_scheme="light"), []
 
         def route(route):
             if route.request.url.startswith((address, "data:", "blob:")):
@@ -69,6 +80,10 @@ def open_page(browser, site):
         page.troubles = troubles
         return page
 
-    yield open_
-    for context in contexts:
-        context.close()
+    return open_
+
+
+@pytest.fixture(scope="session")
+def opened(open_page):
+    """Return a function like `open_page` that opens each page once: to open a chapter and typeset it takes seconds."""
+    return functools.cache(open_page)
