@@ -8,13 +8,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 HTML := _build/html/index.html
 
+COMMA := ,
 EXTRAS_book := book
 EXTRAS_lab := lab
 EXTRAS_test := book,test
 EXTRAS_bench := bench
 
 .DEFAULT_GOAL := help
-.PHONY: help book html test browser lint lab execute ledger reseed bench constraints clean
+.PHONY: help book html test devices browser look lint lab execute ledger reseed bench constraints clean
 .DELETE_ON_ERROR:
 
 # What is stored in the notebooks was computed like this: one thread, so that sums have one order, and one seed.
@@ -39,11 +40,17 @@ html: $(VENV)/.installed-book
 
 test: $(VENV)/.installed-test lint  ## check everything that CI checks
 	$(BIN)/pytest -n $(JOBS) --dist loadfile --ignore tests/browser --ignore tests/any_device tests
-	$(BIN)/pytest tests/any_device  # adds a device to its process
 	PYTHONPATH=$(CURDIR)/tests/no_network $(BIN)/pytest --nbval --nbval-current-env -n $(JOBS) --dist loadscope book
-	$(MAKE) browser
+	$(MAKE) --jobs $(JOBS) devices html  # one process each
+	$(MAKE) look
 
-browser: $(VENV)/.installed-test html  ## look at every page in an installed Chromium
+devices: $(VENV)/.installed-test
+	$(BIN)/pytest tests/any_device  # adds a device to its process
+
+browser: html  ## build the book and look at every page in an installed Chromium
+	$(MAKE) look
+
+look: $(VENV)/.installed-test
 	$(BIN)/pytest -n $(JOBS) -rs tests/browser
 
 lint: $(VENV)/.installed-test
@@ -85,7 +92,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt \
 	  --no-build-isolation --editable '.[$(EXTRAS_$*)]'
 	@$(BIN)/python -c 'import matplotlib.pyplot'  # builds its font cache, which else is reported inside a notebook
-	@touch $@
+	@touch $(patsubst %,$(VENV)/.installed-%,$(subst $(COMMA), ,$(EXTRAS_$*)))
 
 $(VENV)/.created:
 	@command -v $(PYTHON) >/dev/null 2>&1 || \
