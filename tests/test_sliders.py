@@ -59,6 +59,8 @@ def test_a_logarithmic_axis_runs_between_its_ends():
     axis = sliders.log_axis("batch size m", 0.1, 1000)
     assert (axis["type"], axis["title"], axis["dtick"]) == ("log", {"text": "batch size m"}, 1)
     assert axis["range"] == pytest.approx([-1, 3])
+    *_, opacity = re.findall(r"[\d.]+", axis["gridcolor"])
+    assert 0 < float(opacity) < 1
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-1, 1), (2, 2), (3, 2), (1, float("nan"))])
@@ -186,6 +188,12 @@ def test_entries_of_the_legend_hold_no_data_and_show_wherever_the_sliders_stand(
     (slider,) = figure.figure["layout"]["sliders"]
     for step in slider["steps"]:
         assert all(step["args"][0]["visible"][k] for k in entries)
+
+
+def test_the_legend_stands_on_the_plot_and_grows_upwards():
+    legend = named_figure().figure["layout"]["legend"]
+    assert legend["yanchor"] == "bottom"
+    assert legend["y"] > 1
 
 
 def test_a_click_on_the_legend_hides_nothing():

@@ -11,6 +11,8 @@ import numpy as np
 from helpers.lab.estimates import Estimate, stack
 from helpers.lab.figures import INK, SIMULATION, THEORY
 
+GRID = "rgba(138, 144, 153, 0.3)"  # translucent, so that it shows on light pages and dark ones
+
 Trace = dict[str, Any]
 
 
@@ -94,7 +96,8 @@ def log_axis(title: str, low: float, high: float) -> dict[str, Any]:
     """
     if not 0 < low < high:
         raise ValueError(f"a logarithmic axis must have 0 < low < high, got {low} and {high}")
-    return {"type": "log", "title": {"text": title}, "range": [np.log10(low), np.log10(high)], "dtick": 1}
+    ends = {"type": "log", "range": [np.log10(low), np.log10(high)], "dtick": 1}
+    return ends | {"title": {"text": title}, "gridcolor": GRID}
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,8 @@ _PLOTLY_LAYOUT = {
     "font": {"color": INK, "size": 14},
     "height": 420,
     "hovermode": "closest",
-    "legend": {"orientation": "h", "y": 1.12, "itemclick": False, "itemdoubleclick": False},
+    # On a phone the legend has several rows: it grows upwards, and the plot makes room.
+    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "itemclick": False, "itemdoubleclick": False},
     "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
