@@ -352,9 +352,7 @@ def per_sample_gradients(
     if chunk_size is not None:
         require_at_least_one(chunk_size=chunk_size)
     _require_uncoupled(model)
-    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise ValueError("model must have a parameter that requires a gradient, got none")
+    trainable = {name: p.detach() for name, p in _trainable(model).items()}
     fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     fixed |= dict(model.named_buffers())
 
@@ -414,8 +412,7 @@ def per_sample_squared_norms(model: nn.Module, loss: Loss, inputs: torch.Tensor,
     handles = [layer.register_forward_hook(remember) for layer in layers]
     try:
         with torch.enable_grad():
-            predictions = model(inputs)
-            total = vmap(lambda p, y: loss(p[None], y[None]).sum())(predictions, targets).sum()
+            total = _summed_loss(loss, model(inputs), targets)
     finally:
         for handle in handles:
             handle.remove()
@@ -458,13 +455,11 @@ def mean_gradient(
     _require_examples(inputs, targets)
     require_at_least_one(chunk_size=chunk_size)
     _require_uncoupled(model)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise ValueError("model must have a parameter that requires a gradient, got none")
+    trainable = _trainable(model)
     total = {name: torch.zeros_like(p) for name, p in trainable.items()}
     for x, y in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
         with torch.enable_grad():
-            of_chunk = vmap(lambda p, t: loss(p[None], t[None]).sum())(model(x), y).sum()
+            of_chunk = _summed_loss(loss, model(x), y)
         found = torch.autograd.grad(of_chunk, list(trainable.values()), materialize_grads=True)
         for name, gradient in zip(trainable, found, strict=True):
             total[name] += gradient
@@ -511,33 +506,17 @@ def gradient_noise_scale(
     require_at_least_one(chunk_size=chunk_size)
     if chunk_size < 2:
         raise ValueError(f"chunk_size must be at least 2, since pairs of examples are compared, got {chunk_size}")
-    chunks = _gradient_chunks(model, loss, inputs, targets, chunk_size)
-    mean = sum(rows.sum(0) for rows in chunks) / n  # (P,)
-    deviations, along, pairs, n_pairs = [], [], 0.0, 0
-    for rows in _gradient_chunks(model, loss, inputs, targets, chunk_size):
-        centred = rows - mean
-        deviations.append(centred.square().sum(1))
-        along.append(centred @ mean)
-        products = (centred @ centred.T).square()
-        pairs += products.sum() - products.diagonal().sum()
-        n_pairs += len(rows) * (len(rows) - 1)
-    deviations, along = torch.cat(deviations), torch.cat(along)  # (n,)
+    mean = sum(rows.sum(0) for rows in _gradient_chunks(model, loss, inputs, targets, chunk_size)) / n  # (P,)
+    deviations, along, overlap = _compare(_gradient_chunks(model, loss, inputs, targets, chunk_size), mean)
     trace = deviations.sum() / (n - 1)
     if not trace > torch.finfo(trace.dtype).eps * mean.square().sum():
         raise ValueError(f"examples must differ in their gradients, got a variance of {trace:.3g}")
     squared_norm = mean.square().sum() - trace / n
-    # Var |ḡ|² is 4 ∇Lᵀ S ∇L / n + 2 tr(S²)/n²; with ḡ in place of ∇L the first part is 4 tr(S²)/n² too large.
-    quadratic = 2 * pairs / max(n_pairs, 1) / n**2
-    norm_error = torch.maximum(4 * along.square().mean() / n - quadratic, quadratic).sqrt()
-    if not squared_norm > STANDARD_ERRORS_ABOVE_ZERO * norm_error:
-        raise ValueError(
-            f"|∇L|² must be {STANDARD_ERRORS_ABOVE_ZERO} standard errors above zero, got {squared_norm:.3g} with "
-            f"standard error {norm_error:.3g}: {n} examples are too few to tell the gradient from its noise"
-        )
+    second_order = 2 * overlap / n**2
+    _require_signal(squared_norm, _variance_of_mean(2 * along, second_order).sqrt(), n)
     scale = trace / squared_norm
     influence = (deviations - deviations.mean() - scale * 2 * along) / squared_norm
-    quadratic = quadratic * (scale / squared_norm).square()
-    variance = torch.maximum(influence.square().mean() / n - quadratic, quadratic)
+    variance = _variance_of_mean(influence, second_order * (scale / squared_norm).square())
     skewness = influence.pow(3).mean() / influence.square().mean().pow(1.5)
     return Estimate(scale.item(), variance.sqrt().item(), n, skewness.item())
 
@@ -611,6 +590,44 @@ def _gradient_chunks(
         yield flatten(per_sample_gradients(model, loss, x, y))
 
 
+def _compare(chunks: Iterator[torch.Tensor], mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compare the deviations d_i = g_i - ḡ with themselves, with ḡ and with each other.
+
+    Returns
+    -------
+    deviations, along : torch.Tensor, shape (n,)
+        |d_i|² and d_i · ḡ.
+    overlap : torch.Tensor
+        The mean of (d_i · d_j)² over the pairs within a chunk, which estimates tr(S²).
+    """
+    deviations, along, overlaps, pairs = [], [], 0.0, 0
+    for rows in chunks:
+        centred = rows - mean
+        deviations.append(centred.square().sum(1))
+        along.append(centred @ mean)
+        products = (centred @ centred.T).square()
+        overlaps += products.sum() - products.diagonal().sum()
+        pairs += len(rows) * (len(rows) - 1)
+    return torch.cat(deviations), torch.cat(along), overlaps / pairs
+
+
+def _variance_of_mean(influence: torch.Tensor, second_order: torch.Tensor) -> torch.Tensor:
+    """Return the variance of an estimate to first order, from its influences, plus its part of second order.
+
+    For ``|ḡ|²`` the two are 4 ∇Lᵀ S ∇L / n and 2 tr(S²)/n². With ḡ in place of ∇L in the influences, the first comes
+    out too large by twice the second.
+    """
+    return torch.maximum(influence.square().mean() / len(influence) - second_order, second_order)
+
+
+def _require_signal(squared_norm: torch.Tensor, error: torch.Tensor, n: int) -> None:
+    if not squared_norm > STANDARD_ERRORS_ABOVE_ZERO * error:
+        raise ValueError(
+            f"|∇L|² must be {STANDARD_ERRORS_ABOVE_ZERO} standard errors above zero, got {squared_norm:.3g} with "
+            f"standard error {error:.3g}: {n} examples are too few to tell the gradient from its noise"
+        )
+
+
 class _OuterProducts(TorchDispatchMode):
     """Multiply a column and a row by broadcasting: the same numbers as by bmm, faster, and in memory that costs less.
 
@@ -677,6 +694,18 @@ def _linear_layers(model: nn.Module) -> dict[nn.Linear, str]:
 
 def _as_floats(*sizes: int) -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(size, dtype=np.float64) for size in sizes)  # m N³ does not fit into an integer
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ValueError("model must have a parameter that requires a gradient, got none")
+    return found
+
+
+def _summed_loss(loss: Loss, predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum the losses of single examples, so that it makes no difference whether `loss` averages over a batch."""
+    return vmap(lambda p, y: loss(p[None], y[None]).sum())(predictions, targets).sum()
 
 
 def _require_sizes(batch_size: int, population_size: int, *, smallest: int = 1) -> None:

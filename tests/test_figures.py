@@ -1,8 +1,6 @@
 """The look of all figures, on light pages and dark ones."""
 
 import io
-import json
-import re
 
 import matplotlib as mpl
 
@@ -191,89 +189,6 @@ def test_logarithmic_axes_have_plain_numbers_at_their_ticks():
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "4", "16", "64"]
     assert {"0.001", "0.005", "0.02", "0.1"} <= {label.get_text() for label in ax.get_yticklabels()}
     assert len(ax.get_xticks(minor=True)) == len(ax.get_yticks(minor=True)) == 0
-
-
-# Figures with sliders
-
-
-def slider_figure(**changes):
-    traces = [
-        ({"x": [1, 2], "y": np.array([1 / 3, 2e-7])}, (0, None)),
-        ({"x": [1, 2], "y": [5.0, 6.0]}, (1, 0)),
-        ({"x": [1, 2], "y": [7.0, 8.0]}, (1, 2)),
-    ]
-    given = {
-        "traces": traces,
-        "sliders": [figures.Slider("ρ", ["0", "0.5"]), figures.Slider("se", ["a", "b", "c"], active=2)],
-        "layout": {"xaxis": {"title": "</script>"}},
-        "alt": 'A line that "falls".',
-    }
-    return figures.SliderFigure(**given | changes)
-
-
-def shown(figure, *positions):
-    """Indices of the traces that Plotly shows once its sliders have been moved to these positions."""
-    data = [dict(trace) for trace in figure.figure["data"]]
-    for slider, position in zip(figure.figure["layout"]["sliders"], positions, strict=True):
-        (change,) = slider["steps"][position]["args"]
-        for attribute, values in change.items():
-            for trace, value in zip(data, values, strict=True):
-                trace[attribute] = value
-    return [k for k, trace in enumerate(data) if trace["visible"] and trace["opacity"]]
-
-
-def test_a_trace_shows_where_both_sliders_say_so():
-    figure = slider_figure()
-    assert {(i, j): shown(figure, i, j) for i in (0, 1) for j in (0, 1, 2)} == {
-        (0, 0): [0],
-        (0, 1): [0],
-        (0, 2): [0],
-        (1, 0): [1],
-        (1, 1): [],
-        (1, 2): [2],
-    }
-
-
-def test_a_slider_figure_starts_where_its_sliders_stand():
-    figure = slider_figure()
-    standing = [slider["active"] for slider in figure.figure["layout"]["sliders"]]
-    assert standing == [0, 2]
-    started = [k for k, trace in enumerate(figure.figure["data"]) if trace["visible"] and trace["opacity"]]
-    assert started == shown(figure, *standing)
-
-
-def test_one_slider_is_enough():
-    figure = slider_figure(traces=[({"y": [1]}, (0,)), ({"y": [2]}, (1,))], sliders=[figures.Slider("p", ["a", "b"])])
-    assert [trace["visible"] for trace in figure.figure["data"]] == [True, False]
-
-
-def test_a_slider_figure_is_stored_in_three_forms():
-    bundle = slider_figure()._repr_mimebundle_()
-    assert bundle["text/plain"] == 'Figure with sliders: A line that "falls".'
-    assert 'aria-label="A line that &quot;falls&quot;."' in bundle["text/html"]
-    stored = re.fullmatch(r"<div [^>]*><script [^>]*>(.*)</script></div>", bundle["text/html"])[1]
-    assert "</" not in stored
-    plotly = bundle["application/vnd.plotly.v1+json"]
-    assert plotly.pop("config") == {"displayModeBar": False}
-    assert json.loads(stored) == plotly
-    assert plotly["data"][0]["y"] == [0.3333, 2e-7]
-    assert slider_figure()._repr_mimebundle_()["text/html"] == bundle["text/html"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sliders": []}, "one or two sliders, got 0"),
-        ({"sliders": [figures.Slider("a", ["b"])] * 3}, "one or two sliders, got 3"),
-        ({"alt": " "}, "described in words, got ' '"),
-        ({"traces": [({"y": [1]}, (0,))]}, "a position for each of 2 sliders"),
-        ({"traces": [({"y": [1]}, (2, 0))]}, "ρ has 2 positions, got 2"),
-        ({"traces": [({"y": [1]}, (0, -1))]}, "se has 3 positions, got -1"),
-    ],
-)
-def test_a_slider_figure_refuses(changes, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        slider_figure(**changes)
 
 
 def test_log_log_axes_tick_where_asked_and_say_what_they_show():

@@ -1,6 +1,6 @@
 """The bench that every chapter shares."""
 
-from helpers.lab import datasets, estimates, figures, models, training
+from helpers.lab import datasets, estimates, figures, models, sliders, training
 from helpers.lab.claims import ChapterTable, ClaimError, agree, bounded, exact
 from helpers.lab.estimates import Estimate, covariance, function_of, mean, proportion, variance
 from helpers.lab.prose import glue
@@ -26,6 +26,7 @@ __all__ = [
     "proportion",
     "rng",
     "seeded",
+    "sliders",
     "training",
     "variance",
 ]

@@ -1,0 +1,225 @@
+"""Figures with sliders, for plain HTML pages: the figure, and the traces and axes that it is made of."""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from helpers.lab.estimates import Estimate, stack
+from helpers.lab.figures import INK, SIMULATION, THEORY
+
+GRID = "rgba(138, 144, 153, 0.3)"  # translucent, so that it shows on light pages and dark ones
+
+Trace = dict[str, Any]
+
+
+def curve(x: np.ndarray, y: np.ndarray, *, name: str, color: str = THEORY, dash: str = "solid") -> Trace:
+    """Return a trace that is a line, for what a formula says.
+
+    Parameters
+    ----------
+    x, y : array
+        Its points.
+    name : str
+        What the legend calls it.
+    color : str
+        One of the colours of :mod:`helpers.lab.figures`.
+    dash : str
+        Plotly's name of a line style: ``"solid"``, ``"dash"``, ``"dot"``.
+
+    Returns
+    -------
+    dict
+    """
+    return {"x": x, "y": y, "mode": "lines", "line": {"color": color, "dash": dash}, "name": name}
+
+
+def points(x: np.ndarray, estimates: Estimate | Sequence[Estimate], *, name: str, color: str = SIMULATION) -> Trace:
+    """Return a trace of dots with bars of two standard errors, for what was simulated or measured.
+
+    Parameters
+    ----------
+    x : array
+        Where they lie.
+    estimates : Estimate or sequence of Estimate
+        As many as `x`.
+    name : str
+        What the legend calls them.
+    color : str
+        One of the colours of :mod:`helpers.lab.figures`.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ValueError
+        If there is not an estimate for each `x`.
+    """
+    if not isinstance(estimates, Estimate):
+        estimates = stack(estimates)
+    if estimates.value.shape != (len(x),):
+        raise ValueError(f"there must be an estimate for each of {len(x)} points, got shape {estimates.value.shape}")
+    bars = {"type": "data", "array": 2 * estimates.stderr}
+    dots = {"x": x, "y": estimates.value, "error_y": bars}
+    return dots | {"mode": "markers", "marker": {"color": color}, "name": name}
+
+
+def note(text: str, x: float, y: float) -> Trace:
+    """Return a trace that is one line of text, centred at (x, y); the legend leaves it out."""
+    return {"x": [x], "y": [y], "text": [text], "mode": "text"}
+
+
+def log_axis(title: str, low: float, high: float) -> dict[str, Any]:
+    """Return a logarithmic axis with ticks at the powers of ten.
+
+    Parameters
+    ----------
+    title : str
+        What it shows, with the unit.
+    low, high : float
+        Its ends.
+
+    Returns
+    -------
+    dict
+        For ``layout["xaxis"]`` or ``layout["yaxis"]``.
+
+    Raises
+    ------
+    ValueError
+        If not ``0 < low < high``.
+    """
+    if not 0 < low < high:
+        raise ValueError(f"a logarithmic axis must have 0 < low < high, got {low} and {high}")
+    ends = {"type": "log", "range": [np.log10(low), np.log10(high)], "dtick": 1}
+    return ends | {"title": {"text": title}, "gridcolor": GRID}
+
+
+@dataclass(frozen=True)
+class Slider:
+    """A slider of :class:`SliderFigure`: its name, what its positions are called, and where it stands at first."""
+
+    name: str
+    labels: Sequence[str]
+    active: int = 0
+
+
+class SliderFigure:
+    """A Plotly figure with one or two sliders that needs no kernel: everything is computed beforehand.
+
+    In a notebook it is stored in three forms: for JupyterLab, for the HTML page (whose script draws it, with range
+    inputs that take the keyboard), and as text. The legend has one entry for each name of a trace, which looks like
+    the first trace of that name, and stays the same wherever the sliders stand.
+
+    Parameters
+    ----------
+    traces : sequence of (trace, positions)
+        A Plotly trace as a mapping, such as :func:`curve`, :func:`points` or :func:`note` return, and at which
+        position of each slider it shows: an index, or None for any.
+        Numbers are rounded to four digits, so that the stored figure is the same on every machine.
+    sliders : sequence of Slider
+        One or two.
+    layout : mapping
+        Plotly's layout: axes, margins.
+    alt : str
+        What a person who cannot see the figure needs to know.
+
+    Raises
+    ------
+    ValueError
+        If there are not one or two sliders, the description is empty, or a position does not exist.
+    """
+
+    def __init__(
+        self,
+        traces: Sequence[tuple[Mapping[str, Any], Sequence[int | None]]],
+        *,
+        sliders: Sequence[Slider],
+        layout: Mapping[str, Any],
+        alt: str,
+    ) -> None:
+        if len(sliders) not in (1, 2):
+            raise ValueError(f"a figure must have one or two sliders, got {len(sliders)}")
+        if not alt.strip():
+            raise ValueError(f"a figure must be described in words, got {alt!r}")
+        for _, positions in traces:
+            if len(positions) != len(sliders):
+                raise ValueError(f"a trace needs a position for each of {len(sliders)} sliders, got {positions}")
+            for position, slider in zip(positions, sliders, strict=True):
+                if position is not None and not 0 <= position < len(slider.labels):
+                    raise ValueError(f"{slider.name} has {len(slider.labels)} positions, got {position}")
+        self.alt = alt
+        anywhere = [None] * len(sliders)
+        traces = [(dict(trace) | {"showlegend": False}, positions) for trace, positions in traces]
+        traces += [(entry, anywhere) for entry in _legend([trace for trace, _ in traces])]
+        # Each slider has an attribute of its own, so that two combine without code: a trace shows if both say so.
+        attributes = (("visible", True, False), ("opacity", 1, 0))[: len(sliders)]
+        controls, data = [], [_rounded(trace) for trace, _ in traces]
+        for k, (slider, (attribute, on, off)) in enumerate(zip(sliders, attributes, strict=True)):
+            states = [
+                [on if positions[k] in (None, step) else off for _, positions in traces]
+                for step in range(len(slider.labels))
+            ]
+            steps = [
+                {"method": "restyle", "label": label, "args": [{attribute: state}]}
+                for label, state in zip(slider.labels, states, strict=True)
+            ]
+            prefix = {"prefix": f"{slider.name}: "}
+            below = {"y": -0.25 - 0.42 * k, "pad": {"t": 10}}
+            controls.append({"active": slider.active, "currentvalue": prefix, "steps": steps, **below})
+            for trace, state in zip(data, states[slider.active], strict=True):
+                trace[attribute] = state
+        self.figure = {"data": data, "layout": _rounded(_PLOTLY_LAYOUT | layout) | {"sliders": controls}}
+
+    def __repr__(self) -> str:
+        return f"Figure with sliders: {self.alt}"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        stored = json.dumps(self.figure, sort_keys=True, ensure_ascii=False).replace("</", "<\\/")
+        page = (
+            f'<div class="slider-figure" role="group" aria-label="{html.escape(self.alt, quote=True)}">'
+            f'<script type="application/json">{stored}</script></div>'
+        )
+        config = {"displayModeBar": False}  # its share button would send the chart to another host
+        plotly = self.figure | {"config": config}
+        return {"application/vnd.plotly.v1+json": plotly, "text/html": page, "text/plain": repr(self)}
+
+
+_PLOTLY_LAYOUT = {
+    "font": {"color": INK, "size": 14},
+    "height": 420,
+    "hovermode": "closest",
+    # On a phone the legend has several rows: it grows upwards, and the plot makes room.
+    "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "itemclick": False, "itemdoubleclick": False},
+    "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+}
+
+
+def _legend(traces: Sequence[Mapping[str, Any]]) -> list[Trace]:
+    """Return a trace without points for each name, since the entries of hidden traces would pile up or vanish."""
+    firsts: dict[str, Mapping[str, Any]] = {}
+    for trace in traces:
+        if "name" in trace:
+            firsts.setdefault(trace["name"], trace)
+    looks = ("name", "mode", "line", "marker")
+    return [
+        {key: trace[key] for key in looks if key in trace} | {"x": [None], "y": [None]} for trace in firsts.values()
+    ]
+
+
+def _rounded(value: Any) -> Any:
+    """Copy nested data for JSON with all numbers rounded to four digits."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_rounded(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.4g}")
+    return value.item() if isinstance(value, np.integer) else value
