@@ -6,13 +6,15 @@ A function has a row for each of its ways to make tensors. ``Place`` makes the a
 from inspect import signature
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from helpers import gradient_noise, minibatch_loss
+from helpers import gradient_noise, initialization, minibatch_loss
 from helpers.lab import checks, claims, datasets, estimates, models, runtime, training
 
 LOSSES = {"n_batches": 5, "batch_size": 4, "mean": 1.5, "std": 0.7}
 SHIFT = dict.fromkeys(signature(minibatch_loss.shared_shift_moments).parameters, 0.7)
+MAP = {"activation": torch.tanh, "weight_scale": 1.7}
 ID = "any.device"
 
 
@@ -49,6 +51,26 @@ def classification(at):
 
 def schedule(at):
     return classification(at) | {"epochs": 2, "batch_size": 4, "learning_rate": 0.1, "generator": at.generator}
+
+
+def networks(at, **options):
+    return {
+        "inputs": at.normal(4, 3),
+        "widths": (5, 2),
+        "n_networks": 6,
+        "weight_scale": 2.0,
+        "generator": at.generator,
+    } | options
+
+
+def network(at):
+    return {"model": at.model(), "inputs": at.normal(6, 3), "generator": at.generator}
+
+
+def convolutional_network(at):
+    options = {"dtype": torch.float64, "device": at.device}
+    layers = nn.Conv2d(2, 3, 3, padding=1, **options), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2, **options)
+    return {"model": nn.Sequential(*layers), "inputs": at.normal(6, 2, 4, 4), "generator": at.generator}
 
 
 def samples(at):
@@ -112,6 +134,21 @@ ELSEWHERE = [
     (gradient_noise.flatten, lambda at: {"gradients": {"weight": at.normal(6, 4, 3), "bias": at.normal(6, 4)}}),
     (gradient_noise.per_sample_squared_norms, problem),
     (gradient_noise.mean_gradient, lambda at: problem(at) | {"chunk_size": 4}),
+    (initialization.second_moment, lambda at: {"activation": torch.tanh, "variance": 1.2}),
+    (initialization.variance_map, lambda at: MAP | {"variance": 1.2}),
+    (initialization.fixed_variance, lambda at: MAP | {"bias_variance": 0.1}),
+    (initialization.chi, lambda at: MAP | {"variance": 1.2}),
+    (initialization.chi, lambda at: MAP | {"variance": 1.2, "correlation": 0.3}),
+    (initialization.correlation_map, lambda at: MAP | {"variance": 1.2, "correlation": 0.3}),
+    (initialization.fixed_correlation, lambda at: MAP | {"variance": 1.2}),
+    (initialization.depth_scale, lambda at: MAP | {"bias_variance": 0.1}),
+    (initialization.edge_of_chaos, lambda at: {"activation": torch.tanh, "variance": 1.2}),
+    (initialization.preactivations, networks),
+    (initialization.preactivations, lambda at: networks(at, bias_variance=0.1, mode="fan_avg")),
+    (initialization.propagate, networks),
+    (initialization.propagate, lambda at: networks(at, bias_variance=0.1, activation=torch.tanh)),
+    (initialization.propagation_report, network),
+    (initialization.propagation_report, convolutional_network),
     (checks.require_same_device, lambda at: {"generator": at.generator, "x": at.normal(3)}),
     (datasets.digits, lambda at: {}),
     (training.train, schedule),

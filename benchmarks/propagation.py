@@ -1,0 +1,78 @@
+"""Second moments in many random networks, forward and backward, against building the networks one after another."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from benchmarks.timing import Race, require_equal
+from helpers.initialization import Propagation, propagate
+from helpers.lab import generator
+
+NETWORKS = 200
+WIDTH = 64
+DEPTH = 10
+EXAMPLES = 16
+
+Drawn = tuple[nn.Sequential, torch.Tensor]  # a network and a readout of its last activations
+
+
+def races() -> list[Race]:
+    source = generator("benchmark inputs")
+    inputs = torch.randn((EXAMPLES, WIDTH), generator=source, device=source.device)
+    wanted = one_by_one(inputs, with_the_same_weights(generator("benchmark networks")))
+    require_equal(list(wanted), [x.float() for x in all_at_once(inputs, generator("benchmark networks"))])
+    return [
+        Race(
+            "random networks",
+            "propagate",
+            lambda: all_at_once(inputs, source),
+            {"loop": lambda: one_by_one(inputs, drawn_anew(source))},
+            at_least=5,
+        )
+    ]
+
+
+def all_at_once(inputs: torch.Tensor, source: torch.Generator) -> Propagation:
+    return propagate(inputs, [WIDTH] * DEPTH, n_networks=NETWORKS, weight_scale=2.0, generator=source)
+
+
+def one_by_one(inputs: torch.Tensor, networks: Iterator[Drawn]) -> Propagation:
+    found = []
+    for network, readout in networks:
+        a, layers, activations = inputs, [], []
+        for layer in network:
+            a = layer(a)
+            (layers if isinstance(layer, nn.Linear) else activations).append(a)
+        gradients = torch.autograd.grad((a @ readout).sum(), layers)
+        with torch.no_grad():
+            signals = (layers, activations, gradients)
+            found.append([torch.stack([x.square().mean() for x in signal]) for signal in signals])
+    return Propagation(*(torch.stack(parts) for parts in zip(*found, strict=True)))
+
+
+def built(device: torch.device) -> nn.Sequential:
+    layers = [(nn.Linear(WIDTH, WIDTH, bias=False, device=device), nn.ReLU()) for _ in range(DEPTH)]
+    return nn.Sequential(*[module for pair in layers for module in pair])
+
+
+def drawn_anew(source: torch.Generator) -> Iterator[Drawn]:
+    for _ in range(NETWORKS):
+        network = built(source.device)
+        for layer in network[::2]:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=source)
+        yield network, torch.randn(WIDTH, generator=source, device=source.device)
+
+
+def with_the_same_weights(source: torch.Generator) -> Iterator[Drawn]:
+    """Yield the networks that `propagate` draws: layer after layer the weights of all of them, then all readouts."""
+    shape = (NETWORKS, WIDTH, WIDTH)
+    weights = [torch.randn(shape, generator=source, device=source.device) for _ in range(DEPTH)]
+    readouts = torch.randn((NETWORKS, WIDTH), generator=source, device=source.device)
+    for r in range(NETWORKS):
+        network = built(source.device)
+        with torch.no_grad():
+            for layer, weight in zip(network[::2], weights, strict=True):
+                layer.weight.copy_(weight[r].T * math.sqrt(2 / WIDTH))
+        yield network, readouts[r]

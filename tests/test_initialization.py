@@ -1,0 +1,1346 @@
+"""The chapter's closed forms, mean-field maps and random networks, each against something that does not use them.
+
+Closed forms are checked by listing all weights and inputs of small layers; maps by SciPy's adaptive quadrature and by
+kernels that are known exactly; networks by a plain loop with the same draws. Statistical tests allow what a right
+program exceeds with probability 1e-6, for all entries of a test together.
+"""
+
+import copy
+import itertools
+import math
+import re
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from scipy import integrate, stats
+from torch import nn
+from torch.nn import functional as F
+
+from helpers import initialization
+from helpers.initialization import (
+    LayerReport,
+    PropagationReport,
+    chi,
+    correlation_map,
+    deep_excess_kurtosis,
+    depth_scale,
+    edge_of_chaos,
+    fixed_correlation,
+    fixed_variance,
+    glorot_variance,
+    he_variance,
+    norm_fluctuation,
+    preactivation_excess_kurtosis,
+    preactivation_variance,
+    preactivations,
+    propagate,
+    propagation_report,
+    relu_depth_factor,
+    relu_mean,
+    relu_second_moment,
+    relu_variance,
+    second_moment,
+    variance_map,
+)
+from helpers.lab.runtime import generator, rng, seeded
+
+FALSE_ALARM = 1e-6
+by_properties = settings(max_examples=60, deadline=None, database=None)
+property_seed = seed(int(rng("test.initialization.properties").integers(2**32)))
+
+
+def moment_of(values, power, weights=None):
+    return np.average(np.asarray(values, dtype=float) ** power, weights=weights)
+
+
+def excess_kurtosis_of(values):
+    """Excess kurtosis of values of mean zero, all equally likely."""
+    return moment_of(values, 4) / moment_of(values, 2) ** 2 - 3
+
+
+def normal_mean(function, *, breaks=(0,)):
+    """Return the mean of a function of a standard normal variable, by adaptive quadrature."""
+    ends = [-12, *breaks, 12]
+    parts = [
+        integrate.quad(lambda z: function(z) * stats.norm._pdf(z), *pair, epsabs=1e-13, epsrel=1e-12)[0]
+        for pair in itertools.pairwise(ends)
+    ]
+    return sum(parts)
+
+
+def is_standard_normal(z):
+    """Whether no entry of independent z-scores is larger than chance allows."""
+    z = np.atleast_1d(z)
+    return bool((np.abs(z) < stats.norm.isf(FALSE_ALARM / 2 / z.size)).all())
+
+
+def z_score(samples, expected):
+    """Return by how many of its standard errors the mean of each column misses what is expected."""
+    samples = np.asarray(samples)
+    return (samples.mean(0) - expected) / (samples.std(0, ddof=1) / math.sqrt(len(samples)))
+
+
+# Closed forms
+
+
+def all_preactivations(weights, inputs, biases=(0.0,)):
+    """Return w·a + b for all weights, all rows of inputs, and all biases."""
+    return np.array(
+        [np.dot(w, a) + b for w in itertools.product(weights, repeat=len(inputs[0])) for a in inputs for b in biases]
+    )
+
+
+@pytest.mark.parametrize("fan_in", [1, 2, 3, 4])
+def test_preactivation_variance_equals_enumeration_of_all_weights(fan_in):
+    # Inputs with means, and correlated: only their second moment counts.
+    weights, biases = [-1.5, 0.2, 1.3], [-0.4, 0.4]
+    inputs = rng("test.initialization.inputs").standard_exponential((4, fan_in)) @ np.tri(fan_in) + 0.3
+    expected = np.var(all_preactivations(weights, inputs, biases))
+    found = preactivation_variance(np.var(weights), moment_of(inputs, 2), fan_in, np.var(biases))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_preactivation_variance_has_no_bias_unless_it_is_given():
+    assert preactivation_variance(0.5, 3.0, 7) == 10.5
+
+
+@pytest.mark.parametrize("variance", [0.0, 0.3, 1.0, 7.2])
+def test_moments_of_the_relu_equal_quadrature(variance):
+    std = math.sqrt(variance)
+    mean, second = (normal_mean(lambda z, k=k: max(std * z, 0) ** k) for k in (1, 2))
+    assert relu_mean(variance) == pytest.approx(mean, rel=1e-10)
+    assert relu_second_moment(variance) == pytest.approx(second, rel=1e-10)
+    assert relu_variance(variance) == pytest.approx(second - mean**2, rel=1e-10)
+
+
+def test_moments_of_the_relu_are_those_of_half_of_a_half_normal_variable():
+    half = stats.halfnorm(scale=1.7)
+    assert relu_mean(1.7**2) == pytest.approx(half.mean() / 2, rel=1e-12)
+    assert relu_second_moment(1.7**2) == pytest.approx(half.moment(2) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(("filters", "published"), [(64, 5.9), (128, 4.2), (256, 2.9), (512, 2.1)])
+def test_he_variance_gives_the_ratios_of_he_et_al_to_a_standard_deviation_of_a_hundredth(filters, published):
+    assert math.sqrt(he_variance(9 * filters)) / 0.01 == pytest.approx(published, abs=0.05)
+
+
+def torch_variance(init, layer, **options):
+    """Return the variance from which a function of ``torch.nn.init`` draws: it asks for a normal variable's std."""
+    with seeded("test.initialization.torch"):
+        init(layer.weight, **options)
+    return layer.weight.detach().double().square().mean().item()
+
+
+LAYERS = [nn.Linear(300, 700), nn.Conv2d(30, 70, (3, 5))]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("mode", ["fan_in", "fan_out"])
+def test_he_variance_is_that_of_kaiming_normal(layer, mode):
+    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(layer.weight)
+    found = torch_variance(nn.init.kaiming_normal_, layer, mode=mode, nonlinearity="relu")
+    relative_error = math.sqrt(2 / layer.weight.numel())
+    z = (found / he_variance(fan_in if mode == "fan_in" else fan_out) - 1) / relative_error
+    assert is_standard_normal(z)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_he_variance_bounds_kaiming_uniform(layer):
+    fan_in, _ = nn.init._calculate_fan_in_and_fan_out(layer.weight)
+    torch_variance(nn.init.kaiming_uniform_, layer, nonlinearity="relu")
+    # A uniform variable of variance v lies within √(3v).
+    assert layer.weight.abs().max().item() == pytest.approx(math.sqrt(3 * he_variance(fan_in)), rel=1e-3)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_glorot_variance_is_that_of_xavier_normal_and_bounds_xavier_uniform(layer):
+    variance = glorot_variance(*nn.init._calculate_fan_in_and_fan_out(layer.weight))
+    z = (torch_variance(nn.init.xavier_normal_, layer) / variance - 1) / math.sqrt(2 / layer.weight.numel())
+    assert is_standard_normal(z)
+    torch_variance(nn.init.xavier_uniform_, layer)
+    assert layer.weight.abs().max().item() == pytest.approx(math.sqrt(3 * variance), rel=1e-3)
+
+
+def test_glorot_variance_is_the_harmonic_mean_of_what_both_directions_ask_for():
+    assert glorot_variance(200, 300) == pytest.approx(stats.hmean([1 / 200, 1 / 300]), rel=1e-12)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 5, 30])
+def test_relu_depth_factor_repeats_one_layer(depth):
+    variance, moment = 0.07, 1.0
+    for _ in range(depth):
+        moment = relu_second_moment(preactivation_variance(variance, moment, 33))
+    assert relu_depth_factor(variance, 33, depth) == pytest.approx(moment, rel=1e-12)
+
+
+@pytest.mark.parametrize("fan", [1, 10, 4608])
+def test_he_variance_keeps_second_moments(fan):
+    assert relu_depth_factor(he_variance(fan), fan, 100) == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("fan_in", [1, 2, 3])
+@pytest.mark.parametrize("weights", [(-1.0, 1.0), (-2.0, 0.0, 0.0, 2.0), (-1.5, -0.2, 0.2, 1.5)])
+def test_preactivation_excess_kurtosis_equals_enumeration_of_all_weights_and_inputs(weights, fan_in):
+    values = [0.0, 0.4, 2.5]
+    expected = excess_kurtosis_of(all_preactivations(weights, list(itertools.product(values, repeat=fan_in))))
+    activation_kurtosis = moment_of(values, 4) / moment_of(values, 2) ** 2
+    found = preactivation_excess_kurtosis(activation_kurtosis, fan_in, excess_kurtosis_of(weights))
+    assert found == pytest.approx(expected, rel=1e-10)
+
+
+def test_preactivation_excess_kurtosis_is_for_gaussian_weights_unless_told_otherwise():
+    # 6 is E[a⁴]/E[a²]² for the ReLU of a normal variable.
+    assert normal_mean(lambda z: max(z, 0) ** 4) / normal_mean(lambda z: max(z, 0) ** 2) ** 2 == pytest.approx(6)
+    assert preactivation_excess_kurtosis(6.0, 20) == pytest.approx(0.75, rel=1e-12)
+
+
+def test_a_weight_of_either_sign_and_constant_inputs_give_the_smallest_kurtosis():
+    assert preactivation_excess_kurtosis(1.0, 1, -2.0) == -2
+
+
+def squared_norm_moments(width, power):
+    """Return E[(Σ relu(z_i)²)^power] for z ~ N(0, 1): the number of positive z is binomial, their sum chi-square."""
+    positive = np.arange(1, width + 1)
+    moments = [stats.chi2(k).moment(power) for k in positive]
+    return stats.binom(width, 0.5).pmf(positive) @ moments
+
+
+@pytest.mark.parametrize("widths", [(1,), (2,), (7,), (3, 5), (4, 1, 6)])
+def test_norm_fluctuation_equals_moments_of_chi_square_variables(widths):
+    # Given |h|² of a layer, the next one's squared norm is that times Σ relu(z_i)².
+    expected = math.prod(squared_norm_moments(n, 2) / squared_norm_moments(n, 1) ** 2 for n in widths)
+    assert norm_fluctuation(widths) == pytest.approx(expected, rel=1e-10)
+    # A preactivation behind is normal with variance |h|², over which E[z⁴] = 3 E|h|⁴.
+    assert deep_excess_kurtosis(widths) == pytest.approx(3 * expected - 3, rel=1e-10)
+
+
+def test_one_hidden_layer_of_normal_variables_has_the_kurtosis_of_independent_inputs():
+    assert deep_excess_kurtosis([40]) == pytest.approx(preactivation_excess_kurtosis(6.0, 40), rel=1e-12)
+
+
+@pytest.mark.parametrize("function", [norm_fluctuation, deep_excess_kurtosis])
+def test_fluctuations_take_any_sequence_and_return_a_number(function):
+    assert function(np.array([4, 8])) == function((4, 8)) == function([4, 8])
+    assert type(function([4, 8])) is float
+
+
+@pytest.mark.parametrize(
+    ("call", "rule"),
+    [
+        (lambda: preactivation_variance(-0.1, 1.0, 3), "weight_variance must not be negative, got -0.1"),
+        (lambda: preactivation_variance(0.1, -1.0, 3), "second_moment must not be negative, got -1.0"),
+        (lambda: preactivation_variance(0.1, math.nan, 3), "second_moment must not be negative, got nan"),
+        (lambda: preactivation_variance(0.1, 1.0, 0), "fan_in must be at least 1, got 0"),
+        (lambda: preactivation_variance(0.1, 1.0, 3, -2.0), "bias_variance must not be negative, got -2.0"),
+        (lambda: relu_mean(-1.0), "variance must not be negative, got -1.0"),
+        (lambda: relu_second_moment(-1.0), "variance must not be negative, got -1.0"),
+        (lambda: relu_variance(-1.0), "variance must not be negative, got -1.0"),
+        (lambda: relu_depth_factor(-1.0, 3, 2), "weight_variance must not be negative, got -1.0"),
+        (lambda: relu_depth_factor(1.0, 0, 2), "fan must be at least 1, got 0"),
+        (lambda: relu_depth_factor(1.0, 3, -1), "depth must not be negative, got -1"),
+        (lambda: he_variance(0), "fan must be at least 1, got 0"),
+        (lambda: glorot_variance(0, 3), "fan_in must be at least 1, got 0"),
+        (lambda: glorot_variance(3, 0), "fan_out must be at least 1, got 0"),
+        (lambda: preactivation_excess_kurtosis(0.9, 3), "activation_kurtosis must be at least 1, got 0.9"),
+        (lambda: preactivation_excess_kurtosis(math.nan, 3), "activation_kurtosis must be at least 1, got nan"),
+        (lambda: preactivation_excess_kurtosis(6.0, 3, -2.1), "weight_excess_kurtosis must be at least -2, got -2.1"),
+        (lambda: preactivation_excess_kurtosis(6.0, 0), "fan_in must be at least 1, got 0"),
+        (lambda: norm_fluctuation([3, 0]), "widths must be at least 1, got [3 0]"),
+        (lambda: deep_excess_kurtosis([-3]), "widths must be at least 1, got [-3]"),
+    ],
+)
+def test_closed_forms_refuse_what_is_impossible(call, rule):
+    with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: preactivation_variance(0.0, 0.0, 1, 0.0),
+        lambda: relu_depth_factor(0.0, 1, 1),
+        lambda: relu_mean(0.0),
+        lambda: relu_variance(0.0),
+    ],
+)
+def test_closed_forms_take_the_smallest_arguments(call):
+    assert call() == 0
+
+
+# Mean-field maps
+
+
+def leaky_relu(z):
+    return F.leaky_relu(z, 0.2)
+
+
+def identity(z):
+    return z
+
+
+def smooth_gelu(z):
+    return z / 2 * (1 + math.erf(z / math.sqrt(2)))
+
+
+def slope_of_gelu(z):
+    return (1 + math.erf(z / math.sqrt(2))) / 2 + z * math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+
+
+# Each activation, and for SciPy the same and its derivative.
+PLAIN = {
+    torch.relu: (lambda z: max(z, 0.0), lambda z: float(z > 0)),
+    torch.tanh: (math.tanh, lambda z: 1 / math.cosh(z) ** 2),
+    F.gelu: (smooth_gelu, slope_of_gelu),
+    leaky_relu: (lambda z: max(z, 0.2 * z), lambda z: 1.0 if z > 0 else 0.2),
+    identity: (lambda z: z, lambda z: 1.0),
+    torch.erf: (math.erf, lambda z: 2 / math.sqrt(math.pi) * math.exp(-(z**2))),
+}
+CORRELATIONS = [-1.0, -0.999, -0.6, 0.0, 0.3, 0.8, 0.999, 1 - 1e-9, 1.0]
+each_activation = pytest.mark.parametrize("activation", PLAIN, ids=lambda f: f.__name__)
+
+
+@each_activation
+@pytest.mark.parametrize("variance", [0.0, 0.01, 1.0, 9.0])
+def test_second_moment_equals_adaptive_quadrature(activation, variance):
+    plain, _ = PLAIN[activation]
+    expected = normal_mean(lambda z: plain(math.sqrt(variance) * z) ** 2)
+    assert second_moment(activation, variance) == pytest.approx(expected, rel=1e-10)
+
+
+@each_activation
+@pytest.mark.parametrize("variance", [0.01, 1.0, 9.0])
+def test_chi_equals_adaptive_quadrature(activation, variance):
+    _, slope = PLAIN[activation]
+    expected = 1.7 * normal_mean(lambda z: slope(math.sqrt(variance) * z) ** 2)
+    assert chi(activation, variance, weight_scale=1.7) == pytest.approx(expected, rel=1e-10)
+
+
+def mean_of_product(function, variance, correlation):
+    """Return E[f(z) f(z')], by adaptive quadrature in two dimensions on each side of both kinks."""
+    std, rest = math.sqrt(variance), math.sqrt(1 - correlation**2)
+
+    def density(y, x):
+        other = correlation * x + rest * y
+        return function(std * x) * function(std * other) * math.exp(-(x * x + y * y) / 2) / (2 * math.pi)
+
+    def kink(x):
+        return -correlation * x / rest
+
+    parts = [
+        integrate.dblquad(density, *side, *bounds, epsabs=1e-9, epsrel=1e-9)[0]
+        for side in ((-9, 0), (0, 9))
+        for bounds in ((-20, kink), (kink, 20))
+    ]
+    return sum(parts)
+
+
+@pytest.mark.parametrize(("activation", "correlation"), [(torch.tanh, 0.4), (F.gelu, -0.3), (leaky_relu, 0.6)])
+def test_correlation_map_and_chi_equal_adaptive_quadrature_in_two_dimensions(activation, correlation):
+    plain, slope = PLAIN[activation]
+    second = normal_mean(lambda z: plain(math.sqrt(1.3) * z) ** 2)
+    expected = (1.7 * mean_of_product(plain, 1.3, correlation) + 0.2) / (1.7 * second + 0.2)
+    found = correlation_map(activation, correlation, 1.3, weight_scale=1.7, bias_variance=0.2)
+    assert found == pytest.approx(expected, abs=1e-8)
+    expected = 1.7 * mean_of_product(slope, 1.3, correlation)
+    assert chi(activation, 1.3, weight_scale=1.7, correlation=correlation) == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize("correlation", CORRELATIONS)
+def test_maps_of_the_relu_are_the_arc_cosine_kernels_of_cho_and_saul(correlation):
+    angle = math.acos(correlation)
+    kernel = (math.sin(angle) + correlation * (math.pi - angle)) / math.pi
+    assert correlation_map(torch.relu, correlation, 2.3, weight_scale=1.4) == pytest.approx(kernel, abs=1e-12)
+    with_bias = (1.4 * 2.3 / 2 * kernel + 0.6) / (1.4 * 2.3 / 2 + 0.6)
+    found = correlation_map(torch.relu, correlation, 2.3, weight_scale=1.4, bias_variance=0.6)
+    assert found == pytest.approx(with_bias, abs=1e-12)
+    slope = 1.4 * (math.pi - angle) / (2 * math.pi)
+    assert chi(torch.relu, 2.3, weight_scale=1.4, correlation=correlation) == pytest.approx(slope, abs=1e-12)
+
+
+@pytest.mark.parametrize("correlation", CORRELATIONS)
+@pytest.mark.parametrize("variance", [0.2, 1.0, 6.0])
+def test_maps_of_the_error_function_are_arcsines(correlation, variance):
+    # Williams (1997); its derivative is 2/√π exp(-z²), a Gaussian integral.
+    second = 2 / math.pi * math.asin(2 * variance / (1 + 2 * variance))
+    product = 2 / math.pi * math.asin(2 * variance * correlation / (1 + 2 * variance))
+    assert second_moment(torch.erf, variance) == pytest.approx(second, rel=1e-11)
+    found = correlation_map(torch.erf, correlation, variance, weight_scale=1.8, bias_variance=0.3)
+    assert found == pytest.approx((1.8 * product + 0.3) / (1.8 * second + 0.3), abs=1e-11)
+    slope = 1.8 * 4 / math.pi / math.sqrt((1 + 2 * variance) ** 2 - (2 * variance * correlation) ** 2)
+    assert chi(torch.erf, variance, weight_scale=1.8, correlation=correlation) == pytest.approx(slope, rel=1e-10)
+
+
+@each_activation
+def test_equal_inputs_stay_equal(activation):
+    for correlation in (1.0, 1 - 1e-15):
+        found = correlation_map(activation, correlation, 1.3, weight_scale=1.7, bias_variance=0.1)
+        assert found == pytest.approx(1, abs=1e-7)
+
+
+@pytest.mark.parametrize("activation", [torch.tanh, identity])
+def test_opposite_inputs_stay_opposite_if_the_activation_is_odd(activation):
+    assert correlation_map(activation, -1.0, 1.3, weight_scale=1.7) == pytest.approx(-1, abs=1e-12)
+    assert correlation_map(activation, 0.0, 1.3, weight_scale=1.7) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("correlation", CORRELATIONS)
+def test_a_linear_network_keeps_correlations(correlation):
+    assert correlation_map(identity, correlation, 1.3, weight_scale=0.4) == pytest.approx(correlation, abs=1e-12)
+    assert chi(identity, 1.3, weight_scale=0.4, correlation=correlation) == pytest.approx(0.4, rel=1e-12)
+
+
+@property_seed
+@by_properties
+@given(st.floats(-1, 1), st.floats(0.01, 5))
+def test_chi_is_the_slope_of_the_correlation_map_times_the_ratio_of_variances(correlation, variance):
+    # d/dc E[φ(z)φ(z')] = v E[φ'(z)φ'(z')].
+    step, scales = 1e-4, {"weight_scale": 1.7, "bias_variance": 0.2}
+    correlation *= 1 - 2 * step
+    low, high = (correlation_map(torch.tanh, correlation + d, variance, **scales) for d in (-step, step))
+    slope = chi(torch.tanh, variance, weight_scale=1.7, correlation=correlation)
+    after = variance_map(torch.tanh, variance, **scales)
+    assert (high - low) / (2 * step) == pytest.approx(slope * variance / after, rel=1e-4, abs=1e-6)
+
+
+@each_activation
+def test_chi_is_continuous_where_it_changes_to_one_dimension(activation):
+    at_one, near = (chi(activation, 1.3, weight_scale=1.7, correlation=c) for c in (1.0, 1 - 1e-14))
+    assert near == pytest.approx(at_one, abs=1e-6)
+
+
+def test_variance_map_scales_and_adds():
+    assert variance_map(torch.relu, 3.0, weight_scale=1.5, bias_variance=0.25) == pytest.approx(2.5, rel=1e-12)
+    assert variance_map(torch.relu, 3.0, weight_scale=1.5) == pytest.approx(2.25, rel=1e-12)
+
+
+def test_maps_leave_no_trace_in_autograd_and_work_without_it():
+    with torch.no_grad():
+        assert chi(torch.tanh, 1.3, weight_scale=1.7) == chi(torch.tanh, 1.3, weight_scale=1.7)
+    assert type(chi(torch.tanh, 1.3, weight_scale=1.7)) is float
+    assert type(second_moment(torch.tanh, 1.3)) is float
+
+
+def test_maps_take_activations_that_work_in_place():
+    for activation in (torch.relu_, nn.ReLU(inplace=True)):
+        assert second_moment(activation, 2.0) == pytest.approx(1.0, rel=1e-12)
+        assert chi(activation, 2.0, weight_scale=1.4) == pytest.approx(0.7, rel=1e-12)
+        found = correlation_map(activation, 0.0, 2.0, weight_scale=1.4)
+        assert found == pytest.approx(1 / math.pi, rel=1e-12)
+
+
+# Fixed points
+
+
+@pytest.mark.parametrize(
+    ("activation", "weight_scale", "bias_variance"),
+    [(torch.tanh, 1.7, 0.0), (torch.tanh, 0.9, 0.3), (torch.erf, 3.0, 0.1), (F.gelu, 1.5, 0.2), (torch.relu, 1.2, 0.4)],
+)
+@pytest.mark.parametrize("start", [0.01, 1.0, 30.0])
+def test_fixed_variance_is_where_iterations_settle(activation, weight_scale, bias_variance, start):
+    scales = {"weight_scale": weight_scale, "bias_variance": bias_variance}
+    found = fixed_variance(activation, **scales, start=start)
+    assert variance_map(activation, found, **scales) == pytest.approx(found, rel=1e-12)
+    variance = start
+    for _ in range(400):
+        variance = variance_map(activation, variance, **scales)
+    assert found == pytest.approx(variance, rel=1e-9)
+
+
+def test_fixed_variance_of_the_relu_solves_a_linear_equation():
+    assert fixed_variance(torch.relu, weight_scale=1.2, bias_variance=0.4) == pytest.approx(1.0, rel=1e-12)
+    assert fixed_variance(torch.relu, weight_scale=1.2, bias_variance=0.1) == pytest.approx(0.25, rel=1e-12)
+    assert fixed_variance(torch.relu, weight_scale=0.0, bias_variance=3.0) == pytest.approx(3.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("expected", [1e-9, 1e-3, 1e3, 2.5e8])
+def test_fixed_variance_may_be_small_or_large(expected):
+    found = fixed_variance(torch.relu, weight_scale=1.2, bias_variance=0.4 * expected)
+    assert found == pytest.approx(expected, rel=1e-6 if expected < 1e-6 else 1e-12)
+
+
+@pytest.mark.parametrize("miss", [-1e-6, -1e-9, 1e-9, 1e-6])
+def test_fixed_variance_is_not_the_start_if_that_only_comes_near(miss):
+    expected = fixed_variance(torch.tanh, weight_scale=1.7, bias_variance=0.3)
+    found = fixed_variance(torch.tanh, weight_scale=1.7, bias_variance=0.3, start=expected * (1 + miss))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("start", [0.3, 1.0, 7.0])
+def test_every_variance_is_fixed_by_he_initialization(start):
+    assert fixed_variance(torch.relu, weight_scale=2.0, start=start) == pytest.approx(start, rel=1e-12)
+
+
+def bistable(z):
+    """An activation whose variance map has three fixed points, 0 among them."""
+    return 3 * torch.tanh(z / 2) ** 3
+
+
+def test_fixed_variance_is_the_next_one_in_the_direction_of_the_iterations():
+    for start in (0.5, 1.0, 2.0, 3.0, 5.0, 20.0):
+        variance = start
+        for _ in range(300):
+            variance = variance_map(bistable, variance, weight_scale=6.0)
+        found = fixed_variance(bistable, weight_scale=6.0, start=start)
+        assert found == pytest.approx(variance, rel=1e-9, abs=1e-9)
+    assert fixed_variance(bistable, weight_scale=6.0, start=0.5) == 0
+    assert fixed_variance(bistable, weight_scale=6.0, start=20.0) > 1
+
+
+@pytest.mark.parametrize(("activation", "weight_scale"), [(torch.tanh, 0.9), (torch.tanh, 1.0), (torch.relu, 1.9)])
+def test_fixed_variance_is_zero_if_the_signal_dies(activation, weight_scale):
+    assert fixed_variance(activation, weight_scale=weight_scale) == 0
+
+
+@pytest.mark.parametrize(("weight_scale", "bias_variance"), [(2.1, 0.0), (2.0, 0.1)])
+def test_growth_without_end_is_refused(weight_scale, bias_variance):
+    rule = "the variance must stay bounded, got growth without end from 1.5 on"
+    with pytest.raises(ValueError, match=f"^{rule}$"):
+        fixed_variance(torch.relu, weight_scale=weight_scale, bias_variance=bias_variance, start=1.5)
+
+
+def settle(activation, correlation, variance, layers, **scales):
+    """Return the correlations of two inputs in that many layers."""
+    found = [correlation]
+    for _ in range(layers):
+        found.append(correlation_map(activation, found[-1], variance, **scales))
+    return np.array(found)
+
+
+ORDERED = (torch.tanh, 0.9, 0.3)
+CHAOTIC = (torch.tanh, 6.0, 0.1)
+CHAOTIC_WITHOUT_BIAS = (torch.tanh, 6.0, 0.0)
+CHAOTIC_ERF = (torch.erf, 4.0, 0.2)
+
+
+@pytest.mark.parametrize(("activation", "weight_scale", "bias_variance"), [CHAOTIC, CHAOTIC_ERF, CHAOTIC_WITHOUT_BIAS])
+def test_fixed_correlation_in_the_chaotic_phase_is_where_iterations_settle(activation, weight_scale, bias_variance):
+    scales = {"weight_scale": weight_scale, "bias_variance": bias_variance}
+    variance = fixed_variance(activation, **scales)
+    found = fixed_correlation(activation, variance, **scales)
+    for start in (0.05, 0.999):
+        assert settle(activation, start, variance, 200, **scales)[-1] == pytest.approx(found, abs=1e-8)
+    assert correlation_map(activation, found, variance, **scales) == pytest.approx(found, abs=1e-13)
+    assert (found < 1e-12) == (bias_variance == 0)
+    assert 0 <= found < 0.9
+
+
+@pytest.mark.parametrize("weight_scale", [1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 9.0])
+@pytest.mark.parametrize("activation", [torch.tanh, torch.erf])
+def test_fixed_correlation_of_odd_activations_without_bias_is_zero(activation, weight_scale):
+    variance = fixed_variance(activation, weight_scale=weight_scale)
+    assert fixed_correlation(activation, variance, weight_scale=weight_scale) == pytest.approx(0, abs=1e-12)
+
+
+def test_fixed_correlation_is_one_in_the_ordered_phase_and_at_its_edge():
+    activation, weight_scale, bias_variance = ORDERED
+    scales = {"weight_scale": weight_scale, "bias_variance": bias_variance}
+    assert fixed_correlation(activation, fixed_variance(activation, **scales), **scales) == 1
+    critical = edge_of_chaos(torch.tanh, 0.8)
+    assert fixed_correlation(torch.tanh, 0.8, **critical._asdict()) == 1
+    assert fixed_correlation(torch.relu, 0.8, weight_scale=2.0) == 1
+
+
+@pytest.mark.parametrize("excess", [1e-2, 1e-3, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9])
+def test_beyond_the_edge_the_fixed_correlation_leaves_one_in_proportion(excess):
+    # f(1 - δ) = 1 - χ δ + K δ²/2 with K = σ_w² v E[φ''²], hence δ* = 2 (χ - 1) / K.
+    critical = edge_of_chaos(torch.tanh, 0.5)
+    scales = {"weight_scale": critical.weight_scale * (1 + excess), "bias_variance": critical.bias_variance}
+    variance = fixed_variance(torch.tanh, **scales, start=0.5)
+    curvature = normal_mean(
+        lambda z: (2 * math.tanh(math.sqrt(variance) * z) / math.cosh(math.sqrt(variance) * z) ** 2) ** 2
+    )
+    above = chi(torch.tanh, variance, weight_scale=scales["weight_scale"]) - 1
+    expected = 2 * above / (scales["weight_scale"] * variance * curvature)
+    found = fixed_correlation(torch.tanh, variance, **scales)
+    assert 1 - found == pytest.approx(expected, rel=0.02, abs=1e-5)
+    assert depth_scale(torch.tanh, **scales) > 0
+
+
+@pytest.mark.parametrize(("activation", "weight_scale", "bias_variance"), [ORDERED, CHAOTIC, CHAOTIC_ERF])
+def test_depth_scale_is_the_measured_rate_of_convergence(activation, weight_scale, bias_variance):
+    scales = {"weight_scale": weight_scale, "bias_variance": bias_variance}
+    variance = fixed_variance(activation, **scales)
+    scale = depth_scale(activation, **scales)
+    layers = math.ceil(11 * scale)
+    distances = np.abs(
+        settle(activation, 0.6, variance, layers, **scales) - fixed_correlation(activation, variance, **scales)
+    )
+    rate = np.log(distances[-3] / distances[-1]) / 2
+    assert 1 / rate == pytest.approx(scale, rel=1e-3)
+    assert scale > 0
+
+
+def test_depth_scale_without_bias_in_the_chaotic_phase_uses_the_slope_at_zero():
+    variance = fixed_variance(torch.erf, weight_scale=4.0)
+    slope = 4.0 * 4 / math.pi / (1 + 2 * variance)
+    assert depth_scale(torch.erf, weight_scale=4.0) == pytest.approx(-1 / math.log(slope), rel=1e-9)
+
+
+def test_depth_scale_is_infinite_at_the_edge_of_chaos():
+    assert depth_scale(torch.relu, weight_scale=2.0) == math.inf
+    assert depth_scale(torch.tanh, **edge_of_chaos(torch.tanh, 0.5)._asdict()) == math.inf
+
+
+def test_depth_scale_is_zero_if_weights_are():
+    assert depth_scale(torch.tanh, weight_scale=0.0, bias_variance=0.5) == 0
+
+
+def test_depth_scale_starts_where_it_is_told():
+    # Only the start of the variance decides whether this signal dies.
+    assert depth_scale(bistable, weight_scale=6.0, start=20.0) > 0
+    with pytest.raises(ValueError, match=r"^fixed_variance must be positive and finite, got 0\.0$"):
+        depth_scale(bistable, weight_scale=6.0, start=0.5)
+
+
+@each_activation
+@pytest.mark.parametrize("variance", [0.2, 1.5])
+def test_edge_of_chaos_has_chi_one_and_the_variance_fixed(activation, variance):
+    scales = edge_of_chaos(activation, variance)._asdict()
+    assert chi(activation, variance, weight_scale=scales["weight_scale"]) == pytest.approx(1, rel=1e-12)
+    assert variance_map(activation, variance, **scales) == pytest.approx(variance, rel=1e-11)
+    assert scales["bias_variance"] >= 0
+
+
+def test_edge_of_chaos_of_the_relu_is_he_initialization():
+    for variance in (0.1, 1.0, 50.0):
+        weight_scale, bias_variance = edge_of_chaos(torch.relu, variance)
+        assert weight_scale == pytest.approx(2, rel=1e-12)
+        assert bias_variance == pytest.approx(0, abs=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("call", "rule"),
+    [
+        (lambda: second_moment(torch.tanh, -1.0), "variance must not be negative, got -1.0"),
+        (lambda: variance_map(torch.tanh, -1.0, weight_scale=1.0), "variance must not be negative, got -1.0"),
+        (lambda: variance_map(torch.tanh, 1.0, weight_scale=-1.0), "weight_scale must not be negative, got -1.0"),
+        (
+            lambda: variance_map(torch.tanh, 1.0, weight_scale=1.0, bias_variance=-1.0),
+            "bias_variance must not be negative, got -1.0",
+        ),
+        (lambda: fixed_variance(torch.tanh, weight_scale=1.0, start=0.0), "start must be positive and finite, got 0.0"),
+        (lambda: chi(torch.tanh, 1.0, weight_scale=-1.0), "weight_scale must not be negative, got -1.0"),
+        (lambda: chi(torch.tanh, -1.0, weight_scale=1.0), "variance must not be negative, got -1.0"),
+        (
+            lambda: chi(torch.tanh, -1.0, weight_scale=1.0, correlation=0.5),
+            "variance must not be negative, got -1.0",
+        ),
+        (
+            lambda: chi(torch.tanh, 1.0, weight_scale=1.0, correlation=1.1),
+            "correlation must lie between -1 and 1, got 1.1",
+        ),
+        (
+            lambda: correlation_map(torch.tanh, -1.1, 1.0, weight_scale=1.0),
+            "correlation must lie between -1 and 1, got -1.1",
+        ),
+        (
+            lambda: correlation_map(torch.tanh, 0.5, 1.0, weight_scale=-1.0),
+            "weight_scale must not be negative, got -1.0",
+        ),
+        (
+            lambda: correlation_map(torch.tanh, 0.5, 1.0, weight_scale=1.0, bias_variance=-1.0),
+            "bias_variance must not be negative, got -1.0",
+        ),
+        (
+            lambda: correlation_map(torch.tanh, 0.5, 1.0, weight_scale=0.0),
+            "next_variance must be positive and finite, got 0.0",
+        ),
+        (lambda: edge_of_chaos(torch.tanh, 0.0), "variance must be positive and finite, got 0.0"),
+        (lambda: depth_scale(torch.tanh, weight_scale=0.9), "fixed_variance must be positive and finite, got 0.0"),
+    ],
+)
+def test_maps_refuse_what_is_impossible(call, rule):
+    with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
+        call()
+
+
+def test_edge_of_chaos_is_refused_where_no_network_is_critical():
+    def steep(z):  # E[φ²] is larger than v E[φ'²]
+        return torch.relu(z) + 1
+
+    rule = r"^no network is critical at variance 1\.0: its bias variance would be -3\.6$"
+    with pytest.raises(ValueError, match=rule):
+        edge_of_chaos(steep, 1.0)
+    with pytest.raises(ValueError, match=r"^no network is critical"):
+        edge_of_chaos(lambda z: torch.relu(z) + 1e-8, 1.0)
+
+
+# Many random networks
+
+
+SCALES = {"weight_scale": 1.7, "bias_variance": 0.3}
+WIDTHS = (5, 3, 4)
+
+
+def batch(*shape, dtype=torch.float64):
+    source = generator("test.initialization.batch")
+    return torch.randn(shape, generator=source, device=source.device, dtype=dtype)
+
+
+def drawn(shape, source, dtype=torch.float64):
+    """Normal numbers as the helpers draw them: in single precision."""
+    return torch.randn(shape, generator=source, device=source.device).to(dtype)
+
+
+def fan_of(mode, fan_in, fan_out):
+    return {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]
+
+
+def plain_networks(inputs, widths, n_networks, *, weight_scale, bias_variance, mode, source):
+    """Return modules with the weights that a group draws, layer by layer the weights of all networks, then biases."""
+    networks = [[] for _ in range(n_networks)]
+    for fan_in, fan_out in itertools.pairwise((inputs.shape[1], *widths)):
+        weights = drawn((n_networks, fan_in, fan_out), source, inputs.dtype)
+        weights *= math.sqrt(weight_scale / fan_of(mode, fan_in, fan_out))
+        biases = torch.zeros(n_networks, fan_out, dtype=inputs.dtype)
+        if bias_variance:
+            biases = drawn((n_networks, fan_out), source, inputs.dtype) * math.sqrt(bias_variance)
+        for network, weight, bias in zip(networks, weights, biases, strict=True):
+            layer = nn.Linear(fan_in, fan_out, dtype=inputs.dtype)
+            layer.weight.data, layer.bias.data = weight.T, bias
+            network.append(layer)
+    return networks
+
+
+def run_plainly(network, inputs, activation):
+    """Return the preactivations of each layer, and the last activations."""
+    a, layers = inputs, []
+    for layer in network:
+        layers.append(layer(a))
+        a = activation(layers[-1])
+    return layers, a
+
+
+each_mode = pytest.mark.parametrize("mode", ["fan_in", "fan_out", "fan_avg"])
+each_bias = pytest.mark.parametrize("bias_variance", [0.0, 0.3])
+
+
+@each_mode
+@each_bias
+@pytest.mark.parametrize("activation", [torch.relu, torch.tanh])
+def test_preactivations_equal_a_loop_of_networks_with_the_same_draws(mode, bias_variance, activation):
+    inputs, scales = batch(6, 2), {"weight_scale": 1.7, "bias_variance": bias_variance, "mode": mode}
+    source = generator("test.preactivations")
+    found = preactivations(inputs, WIDTHS, n_networks=7, **scales, activation=activation, generator=source)
+    networks = plain_networks(inputs, WIDTHS, 7, **scales, source=generator("test.preactivations"))
+    expected = [torch.stack(z) for z in zip(*(run_plainly(n, inputs, activation)[0] for n in networks), strict=True)]
+    assert [z.shape for z in found] == [(7, 6, width) for width in WIDTHS]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@each_mode
+@each_bias
+@pytest.mark.parametrize("activation", [torch.relu, torch.tanh])
+def test_propagate_equals_a_loop_of_networks_with_the_same_draws(mode, bias_variance, activation):
+    inputs, scales = batch(6, 2), {"weight_scale": 1.7, "bias_variance": bias_variance, "mode": mode}
+    found = propagate(
+        inputs, WIDTHS, n_networks=7, **scales, activation=activation, generator=generator("test.propagate")
+    )
+    source = generator("test.propagate")
+    networks = plain_networks(inputs, WIDTHS, 7, **scales, source=source)
+    readouts = drawn((7, WIDTHS[-1]), source, inputs.dtype)
+    expected = []
+    for network, readout in zip(networks, readouts, strict=True):
+        layers, last = run_plainly(network, inputs, activation)
+        gradients = torch.autograd.grad((last @ readout).sum(), layers)
+        signals = layers, map(activation, layers), gradients
+        expected.append(torch.stack([torch.stack([x.square().mean() for x in signal]) for signal in signals]))
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected, dim=1), rtol=1e-12, atol=0)
+
+
+def test_gradients_of_propagate_equal_finite_differences():
+    inputs, step = batch(3, 2), 1e-6
+    found = propagate(
+        inputs, WIDTHS, n_networks=1, **SCALES, activation=torch.tanh, generator=generator("test.propagate")
+    )
+    source = generator("test.propagate")
+    [network] = plain_networks(inputs, WIDTHS, 1, **SCALES, mode="fan_in", source=source)
+    readout = drawn((WIDTHS[-1],), source, inputs.dtype)
+
+    @torch.no_grad()
+    def readout_from(layer, z):
+        a = torch.tanh(z)
+        for later in network[layer + 1 :]:
+            a = torch.tanh(later(a))
+        return (a @ readout).sum()
+
+    with torch.no_grad():
+        layers, _ = run_plainly(network, inputs, torch.tanh)
+    for layer, z in enumerate(layers):
+        steps = step * torch.eye(z.numel(), dtype=z.dtype).reshape(-1, *z.shape)
+        slopes = [(readout_from(layer, z + d) - readout_from(layer, z - d)) / (2 * step) for d in steps]
+        assert found.gradients[0, layer].item() == pytest.approx(torch.stack(slopes).square().mean().item(), rel=1e-7)
+
+
+def test_preactivations_are_connected_by_autograd():
+    first, _, last = preactivations(batch(6, 2), WIDTHS, n_networks=7, **SCALES, generator=generator("test.connected"))
+    (gradient,) = torch.autograd.grad(last.sum(), first)
+    assert gradient.abs().sum() > 0
+
+
+def test_gradients_reach_the_inputs():
+    inputs = batch(6, 2).requires_grad_()
+    layers = preactivations(inputs, WIDTHS, n_networks=7, **SCALES, generator=generator("test.connected"))
+    (gradient,) = torch.autograd.grad(layers[-1].sum(), inputs)
+    assert gradient.shape == (6, 2)
+    found = propagate(inputs, WIDTHS, n_networks=7, **SCALES, generator=generator("test.connected"))
+    assert not any(x.requires_grad for x in found)
+
+
+def test_propagate_works_without_autograd():
+    arguments = {"inputs": batch(6, 2), "widths": WIDTHS, "n_networks": 7, **SCALES}
+    expected = propagate(**arguments, generator=generator("test.no_grad"))
+    with torch.no_grad():
+        found = propagate(**arguments, generator=generator("test.no_grad"))
+        assert not torch.is_grad_enabled()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not any(x.requires_grad for x in found)
+
+
+def test_networks_take_the_dtype_of_the_inputs_and_measure_in_double_precision():
+    inputs = batch(6, 2)
+    layers = preactivations(inputs.float(), WIDTHS, n_networks=7, **SCALES, generator=generator("test.dtype"))
+    assert {z.dtype for z in layers} == {torch.float32}
+    found = propagate(inputs.float(), WIDTHS, n_networks=7, **SCALES, generator=generator("test.dtype"))
+    assert {x.dtype for x in found} == {torch.float64}
+    expected = torch.stack([z.detach().double().square().mean((1, 2)) for z in layers], dim=1)
+    torch.testing.assert_close(found.preactivations, expected, rtol=1e-14, atol=0)
+
+
+def test_squares_beyond_single_precision_are_measured():
+    found = propagate(
+        batch(6, 2, dtype=torch.float32) * 1e25,
+        WIDTHS,
+        n_networks=7,
+        weight_scale=1.0,
+        generator=generator("test.dtype"),
+    )
+    assert torch.isfinite(found.preactivations).all()
+
+
+@pytest.mark.parametrize(("at_once", "sizes"), [(1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (8, [7])])
+def test_groups_are_drawn_one_after_another(at_once, sizes, monkeypatch):
+    inputs = batch(6, 2)
+    numbers = 6 * (5 + 3 + 4)  # preactivations of a network
+    source = generator("test.groups")
+    parts = [propagate(inputs, WIDTHS, n_networks=size, **SCALES, generator=source) for size in sizes]
+    monkeypatch.setattr(initialization, "WEIGHTS_AT_ONCE", at_once * numbers)
+    found = propagate(inputs, WIDTHS, n_networks=7, **SCALES, generator=generator("test.groups"))
+    for signal, expected in zip(found, map(torch.cat, zip(*parts, strict=True)), strict=True):
+        assert signal.shape == (7, 3)
+        torch.testing.assert_close(signal, expected, rtol=1e-12, atol=0)
+
+
+# A network has 2·5 + 5·3 + 3·4 = 37 weights, and 5 + 3 + 4 preactivations for an example.
+@pytest.mark.parametrize("n_examples", [1, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("networks", "less", "sizes"), [(0, 0, [1] * 4), (2, 1, [1] * 4), (2, 0, [2, 2]), (3, 0, [3, 1])]
+)
+def test_groups_are_as_large_as_memory_allows(n_examples, networks, less, sizes, monkeypatch):
+    found, original = [], initialization.preactivations
+
+    def spy(*args, n_networks, **options):
+        found.append(n_networks)
+        return original(*args, n_networks=n_networks, **options)
+
+    monkeypatch.setattr(initialization, "WEIGHTS_AT_ONCE", networks * max(37, 12 * n_examples) - less)
+    monkeypatch.setattr(initialization, "preactivations", spy)
+    propagate(batch(n_examples, 2), WIDTHS, n_networks=4, **SCALES, generator=generator("test.groups"))
+    assert found == sizes
+
+
+def test_networks_repeat_themselves_for_equal_generators_only():
+    first, again, other = (
+        propagate(batch(6, 2), WIDTHS, n_networks=7, **SCALES, generator=generator(f"test.networks.{name}"))
+        for name in "aab"
+    )
+    assert torch.equal(torch.stack(first), torch.stack(again))
+    assert not (torch.stack(first) == torch.stack(other)).any()
+
+
+def test_networks_leave_the_global_generator_and_the_inputs_alone():
+    inputs, before = batch(6, 2), torch.random.get_rng_state()
+    copied = inputs.clone()
+    propagate(inputs, WIDTHS, n_networks=7, **SCALES, generator=generator("test.networks"))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(inputs, copied)
+    assert not inputs.requires_grad
+
+
+def test_a_network_without_weights_has_only_biases():
+    found = propagate(
+        batch(6, 2), WIDTHS, n_networks=7, weight_scale=0.0, bias_variance=0.5, generator=generator("test.networks")
+    )
+    assert (found.preactivations > 0).all()
+    assert (found.gradients[:, :-1] == 0).all()
+
+
+@each_mode
+def test_second_moments_of_relu_networks_are_multiplied_by_the_depth_factor_in_both_directions(mode):
+    inputs, widths, weight_scale = batch(2, 9), (12, 20, 7, 15), 1.8
+    found = propagate(
+        inputs, widths, n_networks=20_000, weight_scale=weight_scale, mode=mode, generator=generator(f"test.{mode}")
+    )
+    fans = list(itertools.pairwise((9, *widths)))
+    variances = [weight_scale / fan_of(mode, *fan) for fan in fans]
+    forward = inputs.square().mean().item() * np.cumprod(
+        [relu_depth_factor(variance, fan_in, 1) for variance, (fan_in, _) in zip(variances, fans, strict=True)]
+    )
+    # From the readout, of second moment 1, back through the last ReLU.
+    steps = [
+        relu_depth_factor(variance, fan_out, 1) for variance, (_, fan_out) in zip(variances[1:], fans[1:], strict=True)
+    ]
+    backward = 0.5 * np.cumprod([1, *reversed(steps)])[::-1]
+    z = [z_score(found.activations, forward), z_score(found.gradients, backward)]
+    assert is_standard_normal(np.concatenate([*z, z_score(found.preactivations, 2 * forward)]))
+
+
+def test_fluctuations_of_random_networks_are_those_of_finite_width():
+    widths = (20, 12, 30)
+    options = {"n_networks": 30_000, "weight_scale": 2.0}
+    inputs = batch(1, 4)
+    found = propagate(inputs, widths, **options, generator=generator("test.fluctuations"))
+    relative = (found.activations / inputs.square().mean()).square()
+    expected = [norm_fluctuation(widths[: layer + 1]) for layer in range(3)]
+    assert is_standard_normal(z_score(relative, expected))
+
+
+def test_kurtosis_of_preactivations_is_that_of_finite_width():
+    widths = (20, 12)
+    inputs = batch(1, 4)
+    last = preactivations(
+        inputs, (*widths, 1), n_networks=50_000, weight_scale=2.0, generator=generator("test.kurtosis")
+    )[-1]
+    fourth = (last.detach().flatten() / (2 * inputs.square().mean()).sqrt()) ** 4
+    assert is_standard_normal(z_score(fourth, 3 + deep_excess_kurtosis(widths)))
+
+
+def test_wide_networks_follow_the_mean_field():
+    scales = {"weight_scale": 1.7, "bias_variance": 0.3}
+    inputs = torch.ones(1, 300, dtype=torch.float64) * math.sqrt((0.8 - 0.3) / 1.7)
+    source = generator("test.mean_field")
+    found = propagate(
+        inputs.to(source.device), (300,) * 4, n_networks=60, **scales, activation=torch.tanh, generator=source
+    )
+    variances = [0.8]
+    for _ in range(3):
+        variances.append(variance_map(torch.tanh, variances[-1], **scales))
+    expected = [second_moment(torch.tanh, variance) for variance in variances]
+    # Corrections of order 1/width are far below the standard error of a relative 1e-2.
+    np.testing.assert_allclose(found.preactivations.mean(0), variances, rtol=0.05)
+    np.testing.assert_allclose(found.activations.mean(0), expected, rtol=0.05)
+    slopes = [chi(torch.tanh, variance, weight_scale=scales["weight_scale"]) for variance in variances]
+    gradients = found.gradients.mean(0)
+    np.testing.assert_allclose(gradients[:-1] / gradients[1:], slopes[:-1], rtol=0.1)
+
+
+NETWORK_ERRORS = [
+    ({"inputs": torch.ones(3)}, "inputs must have shape (B, n_0), got (3,)"),
+    ({"inputs": torch.ones(2, 3, 4)}, "inputs must have shape (B, n_0), got (2, 3, 4)"),
+    ({"widths": ()}, "widths must name at least one layer, got ()"),
+    ({"widths": (3, 0)}, "widths must be at least 1, got [3 0]"),
+    ({"n_networks": 0}, "n_networks must be at least 1, got 0"),
+    ({"weight_scale": -1.0}, "weight_scale must not be negative, got -1.0"),
+    ({"bias_variance": -1.0}, "bias_variance must not be negative, got -1.0"),
+    ({"mode": "fan"}, "mode must be one of fan_in, fan_out, fan_avg, got 'fan'"),
+]
+
+
+@pytest.mark.parametrize("function", [preactivations, propagate])
+@pytest.mark.parametrize(("wrong", "rule"), NETWORK_ERRORS)
+def test_networks_refuse_what_is_impossible(function, wrong, rule):
+    arguments = {"inputs": torch.ones(2, 3), "widths": (4, 5), "n_networks": 2, "weight_scale": 1.0} | wrong
+    with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
+        function(**arguments, generator=torch.Generator())
+
+
+# The report on a network
+
+
+def report(model, inputs, **options):
+    return propagation_report(model, inputs, generator=generator("test.report"), **options)
+
+
+def double(model, stream="test.report.model"):
+    """Return a model in double precision, with normal weights and biases drawn anew."""
+    source = generator(stream)
+    model = model.double().to(source.device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=source)
+    return model
+
+
+def test_report_of_a_linear_network_equals_matrix_products():
+    model = double(nn.Sequential(nn.Linear(3, 5), nn.Identity(), nn.Linear(5, 2, bias=False)))
+    inputs = batch(6, 3)
+    found = report(model, inputs)
+    first, second = model[0], model[2]
+    z = inputs @ first.weight.T + first.bias
+    source = generator("test.report")
+    readout = drawn((6, 2), source)
+    assert [(layer.name, layer.kind) for layer in found.layers] == [("0", "Linear"), ("2", "Linear")]
+    assert [(layer.fan_in, layer.fan_out) for layer in found.layers] == [(3, 5), (5, 2)]
+    w, v, b = (x.square().mean().item() for x in (first.weight, second.weight, first.bias))
+    moment = 3 * w * inputs.square().mean().item() + b
+    expected = {
+        "forward": [z.square().mean().item(), (z @ second.weight.T).square().mean().item()],
+        "backward": [(readout @ second.weight).square().mean().item(), readout.square().mean().item()],
+        "predicted_forward": [moment, 5 * v * moment],
+        "predicted_backward": [2 * v, 1],
+    }
+    for name, values in expected.items():
+        assert [getattr(layer, name) for layer in found.layers] == pytest.approx(values, rel=1e-10)
+
+
+def test_readout_is_of_the_shape_of_the_last_activations():
+    model = double(nn.Sequential(nn.Linear(3, 5), nn.ReLU()))
+    inputs = batch(6, 3)
+    source = generator("test.report")
+    readout = drawn((6, 5), source)
+    [layer] = report(model, inputs).layers
+    expected = (readout * (model[0](inputs) > 0)).square().mean().item()
+    assert layer.backward == pytest.approx(expected, rel=1e-12)
+    assert layer.predicted_backward == pytest.approx(0.5, rel=1e-12)
+
+
+CONVOLUTIONS = [
+    (nn.Conv1d(4, 6, 3), (4, 9)),
+    (nn.Conv1d(4, 6, 5, stride=2, padding=3, groups=2), (4, 9)),
+    (nn.Conv1d(2, 3, 2, dilation=3, padding=1, stride=3), (2, 10)),
+    (nn.Conv1d(2, 3, 5, padding="same", dilation=2), (2, 7)),
+    (nn.Conv2d(3, 4, 3, padding=1), (3, 5, 4)),
+    (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2), groups=2), (4, 6, 5)),
+    (nn.Conv2d(4, 4, 3, padding=2, groups=4), (4, 3, 4)),
+    (nn.Conv3d(2, 4, (2, 3, 1), stride=(1, 2, 1), padding=(1, 1, 0), dilation=(2, 1, 1), groups=2), (2, 4, 5, 3)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS, ids=str)
+def test_fans_of_convolutions_count_links(layer, shape):
+    model = double(nn.Sequential(copy.deepcopy(layer)))
+    [found] = report(model, batch(2, *shape)).layers
+    links = torch.autograd.functional.jacobian(lambda x: model(x[None])[0], batch(*shape))
+    n_outputs = links.numel() // math.prod(shape)
+    n_links = torch.count_nonzero(links).item()
+    assert found.kind == type(layer).__name__
+    assert found.fan_in == pytest.approx(n_links / n_outputs, rel=1e-6)
+    assert found.fan_out == pytest.approx(n_links / math.prod(shape), rel=1e-6)
+
+
+def test_fan_in_of_a_convolution_without_a_border_is_that_of_torch():
+    layer = nn.Conv2d(3, 8, (3, 2))
+    [found] = report(nn.Sequential(layer), batch(2, 3, 6, 7).float()).layers
+    assert found.fan_in == nn.init._calculate_fan_in_and_fan_out(layer.weight)[0]
+
+
+def test_predictions_equal_averages_over_initializations():
+    # Inputs of size 1, so that the border of the image is nothing special.
+    inputs = batch(3, 2, 5, 4).sign()
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 10),
+        nn.ReLU(),
+        nn.Linear(10, 6, bias=False),
+        nn.ReLU(),
+    )
+    source = generator("test.report.predictions")
+    differences = []
+    for repetition in range(300):
+        double(model, f"test.report.predictions.{repetition}")
+        layers = propagation_report(model, inputs, generator=source).layers
+        for layer in layers:
+            assert layer.predicted_forward > 0
+        differences.append(
+            [(layer.forward - layer.predicted_forward, layer.backward - layer.predicted_backward) for layer in layers]
+        )
+    differences = np.array(differences)
+    assert is_standard_normal(z_score(differences, 0).flatten())
+
+
+def test_predictions_of_other_activations_follow_the_mean_field():
+    model = double(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.GELU(), nn.Tanh()))
+    inputs = batch(6, 3)
+    first, second = report(model, inputs).layers
+    w, v = (model[k].weight.square().mean().item() for k in (0, 2))
+    b, c = (model[k].bias.square().mean().item() for k in (0, 2))
+    variance = 3 * w * inputs.square().mean().item() + b
+    assert first.predicted_forward == pytest.approx(variance, rel=1e-10)
+    after = variance_map(torch.tanh, variance, weight_scale=5 * v, bias_variance=c)
+    assert second.predicted_forward == pytest.approx(after, rel=1e-10)
+    slope = chi(lambda z: torch.tanh(F.gelu(z)), after, weight_scale=1.0)
+    assert second.predicted_backward == pytest.approx(slope, rel=1e-10)
+    expected = slope * chi(torch.tanh, variance, weight_scale=4 * v)
+    assert first.predicted_backward == pytest.approx(expected, rel=1e-10)
+
+
+def values_of(found):
+    return [
+        (layer.forward, layer.backward, layer.predicted_forward, layer.predicted_backward) for layer in found.layers
+    ]
+
+
+def small_model(**options):
+    return double(nn.Sequential(nn.Linear(3, 5), nn.ReLU(**options), nn.Linear(5, 4), nn.ReLU(**options)))
+
+
+def test_nested_models_are_reported_as_flat_ones():
+    flat = small_model()
+    nested = nn.Sequential(
+        OrderedDict(body=nn.Sequential(nn.Sequential(flat[0], flat[1])), head=nn.Sequential(flat[2], flat[3]))
+    )
+    inputs = batch(6, 3)
+    assert values_of(report(nested, inputs)) == values_of(report(flat, inputs))
+    assert [layer.name for layer in report(nested, inputs).layers] == ["body.0.0", "head.0"]
+
+
+def test_one_activation_may_serve_many_layers():
+    model, inputs, relu = small_model(), batch(6, 3), nn.ReLU()
+    shared = nn.Sequential(model[0], relu, model[2], relu)
+    assert values_of(report(shared, inputs)) == values_of(report(model, inputs))
+
+
+def test_one_linear_layer_may_serve_twice():
+    layer, inputs = nn.Linear(3, 3), batch(6, 3).float()
+    apart = nn.Sequential(layer, nn.Tanh(), copy.deepcopy(layer), nn.Tanh())
+    assert values_of(report(nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh()), inputs)) == values_of(
+        report(apart, inputs)
+    )
+
+
+def test_activations_in_place_are_reported_as_others():
+    inputs = batch(6, 3)
+    assert values_of(report(small_model(inplace=True), inputs)) == values_of(report(small_model(), inputs))
+
+
+@pytest.mark.parametrize("frozen", [[0], [2], [0, 2]])
+def test_frozen_parameters_are_reported_as_others(frozen):
+    model, inputs = small_model(), batch(6, 3)
+    expected = values_of(report(model, inputs))
+    for k in frozen:
+        model[k].requires_grad_(False)
+    assert values_of(report(model, inputs)) == expected
+
+
+def test_report_works_without_autograd():
+    inputs = batch(6, 3)
+    with torch.no_grad():
+        found = report(small_model(), inputs)
+    assert values_of(found) == values_of(report(small_model(), inputs))
+
+
+def test_images_may_be_flattened_and_unflattened():
+    model = double(
+        nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Unflatten(1, (2, 4)), nn.Tanh(), nn.Conv1d(2, 3, 2))
+    )
+    inputs = batch(6, 3, 4)
+    first, second = report(model, inputs).layers
+    assert (first.name, first.fan_in, second.name, second.fan_in) == ("1", 12, "4", 4)
+    assert first.forward == pytest.approx(model[:2](inputs).square().mean().item(), rel=1e-12)
+    assert second.forward == pytest.approx(model(inputs).square().mean().item(), rel=1e-12)
+
+
+def test_report_changes_neither_model_nor_inputs_nor_the_global_generator():
+    model, inputs = small_model(inplace=True), batch(6, 3)
+    model(inputs).sum().backward()
+    state = copy.deepcopy(model.state_dict())
+    gradients = [p.grad.clone() for p in model.parameters()]
+    copied, before = inputs.clone(), torch.random.get_rng_state()
+    report(model, inputs)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert torch.equal(inputs, copied)
+    assert not inputs.requires_grad
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+class OwnForward(nn.Sequential):
+    """Adds its inputs to its outputs, as a residual block does."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [
+        (
+            nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3))),
+            "layers must be linear and convolutional layers, activations, Flatten and Unflatten, "
+            "got BatchNorm1d at 1.1",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 3), OwnForward(nn.Linear(3, 3))),
+            "layers must be linear and convolutional layers, activations, Flatten and Unflatten, got OwnForward at 1",
+        ),
+        (
+            nn.ModuleList([nn.Linear(3, 3)]),
+            "layers must be linear and convolutional layers, activations, Flatten and Unflatten, "
+            "got ModuleList at the top",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 3), nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular")),
+            "layer 1 must pad with zeros, got padding_mode 'circular'",
+        ),
+        (
+            nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(3, 3)),
+            "the first layer must be linear or convolutional, got ReLU",
+        ),
+        (nn.Sequential(), "model must hold a linear or convolutional layer, got none"),
+        (nn.Sequential(nn.Flatten()), "model must hold a linear or convolutional layer, got none"),
+    ],
+)
+def test_report_names_what_it_does_not_know(model, rule):
+    with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
+        report(model, batch(6, 3).float())
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.5, math.nan])
+def test_report_needs_a_limit_above_one(limit):
+    with pytest.raises(ValueError, match=f"^limit must be above 1, got {limit}$"):
+        report(small_model(), batch(6, 3), limit=limit)
+
+
+def made_up(forward, backward, limit=100.0):
+    layers = [
+        LayerReport(f"layer{k}", "Linear", 3.0, 4.0, one, 1.0, other, 2.0)
+        for k, (one, other) in enumerate(zip(forward, backward, strict=True))
+    ]
+    return PropagationReport(tuple(layers), limit)
+
+
+FINE = [1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("moments", "first", "first_backward"),
+    [
+        (FINE, None, None),
+        ([1.0, 100.0, 0.01, 1.0], None, None),
+        ([2.0, 200.0, 201.0, 2.0], "layer2", "layer2"),
+        ([2.0, 0.02, 0.0199, 2.0], "layer2", "layer2"),
+        ([1.0, 20.0, 400.0, 8000.0], "layer2", "layer1"),
+        ([8000.0, 400.0, 20.0, 1.0], "layer2", "layer1"),
+        ([1.0, math.nan, 1.0, 1.0], "layer1", "layer1"),
+        ([1.0, math.inf, math.nan, 1.0], "layer1", "layer2"),
+        ([math.nan] * 4, "layer0", "layer3"),
+        ([math.inf] * 4, "layer0", "layer3"),
+        ([0.0] * 4, "layer0", "layer3"),
+        ([1.0, 1.0, 0.0, 0.0], "layer2", "layer3"),
+    ],
+)
+def test_the_first_layer_beyond_the_limits_is_named(moments, first, first_backward):
+    forward, backward = made_up(moments, FINE), made_up(FINE, moments)
+    assert (forward.first_bad_forward, forward.first_bad_backward) == (first, None)
+    assert (backward.first_bad_forward, backward.first_bad_backward) == (None, first_backward)
+    if first is not None:
+        assert forward.verdict == f"values first go wrong at layer {first}"
+        assert backward.verdict == f"gradients first go wrong at layer {first_backward}"
+
+
+def test_verdict_speaks_of_both_directions():
+    both = made_up([1.0, 9.0], [1.0, 10.0], limit=8.0)
+    assert both.verdict == "values first go wrong at layer layer1; gradients first go wrong at layer layer0"
+    assert made_up(FINE, FINE, limit=8.0).verdict == "all second moments stay within a factor of 8"
+
+
+def deep_model(std, depth=12, width=50):
+    model = nn.Sequential(*[module for _ in range(depth) for module in (nn.Linear(width, width), nn.ReLU())])
+    source = generator("test.report.deep")
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight.normal_(0, std, generator=source)
+            layer.bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize(("factor", "wrong"), [(0.1, True), (0.5, False), (4.0, True)])
+def test_report_tells_exploding_and_vanishing_signals_from_kept_ones(factor, wrong):
+    # Second moments change by 2 `factor` a layer.
+    found = report(
+        deep_model(math.sqrt(2 * factor / 50) if wrong else math.sqrt(he_variance(50))), batch(40, 50).float()
+    )
+    assert (found.first_bad_forward is not None) == wrong
+    assert (found.first_bad_backward is not None) == wrong
+    assert found.limit == 100
+
+
+def test_report_of_a_network_that_overflows_names_the_layer():
+    model = deep_model(1e7)
+    found = report(model, batch(4, 50).float())
+    assert found.first_bad_forward == "2"
+    assert not math.isfinite(found.layers[-1].forward)
+    assert found.first_bad_backward is not None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_report_of_a_network_that_has_diverged_names_the_layer(value):
+    model = deep_model(math.sqrt(he_variance(50)), depth=4)
+    with torch.no_grad():
+        model[2].weight[0, 0] = value
+    found = report(model, batch(4, 50).float())
+    assert found.first_bad_forward == "2"
+    assert math.isnan(found.layers[-1].predicted_forward)
+    assert math.isnan(found.layers[-1].predicted_backward)
+    assert math.isfinite(found.layers[0].predicted_forward)
+    assert "nan" in str(found)
+
+
+def test_report_of_inputs_that_are_not_numbers_names_the_first_layer():
+    found = report(small_model(), batch(6, 3) * math.nan)
+    assert found.first_bad_forward == "0"
+
+
+def test_report_prints_a_table():
+    layers = (
+        LayerReport("body.0", "Conv2d", 27.0, 12.3456, 1234.5, 0.0123, 1e-9, 2.0),
+        LayerReport("7", "Linear", 3.0, 4.0, 1200.0, math.nan, 1.0, 1.0),
+    )
+    assert str(PropagationReport(layers, 100.0)) == (
+        " layer    kind  fan in  fan out  forward  predicted  backward  predicted\n"
+        "body.0  Conv2d      27    12.35  1.2e+03      0.012     1e-09          2\n"
+        "     7  Linear       3        4  1.2e+03        nan         1          1\n"
+        "gradients first go wrong at layer body.0"
+    )
+
+
+def test_report_shows_itself_as_an_html_table():
+    layers = (
+        LayerReport("<b>&", "Conv2d", 27.0, 12.3456, 1234.5, 0.0123, 1e-9, 2.0),
+        LayerReport("7", "Linear", 3.0, 4.0, 1200.0, 5.0, 1.0, 1.0),
+    )
+    text = PropagationReport(layers, 100.0)._repr_html_()
+    columns = ["layer", "kind", "fan in", "fan out", "forward", "predicted", "backward", "predicted"]
+    rows = re.findall(r"<tr>(.*?)</tr>", text)
+    assert re.findall(r'<th scope="col">(.*?)</th>', rows[0]) == columns
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in rows[1:]]
+    first = ["&lt;b&gt;&amp;", "Conv2d", "27", "12.35", "1.2e+03", "0.012", "1e-09", "2"]
+    assert cells == [first, ["7", "Linear", "3", "4", "1.2e+03", "5", "1", "1"]]
+    assert text.startswith('<table class="claims"><thead><tr>')
+    assert text.endswith("</table><p>gradients first go wrong at layer &lt;b&gt;&amp;</p>")
+
+
+def test_figure_shows_what_was_measured_beside_what_was_predicted():
+    found = report(small_model(), batch(6, 3))
+    figure = found.figure()
+    try:
+        assert isinstance(figure, Figure)
+        for ax, way in zip(figure.axes, ("forward", "backward"), strict=True):
+            lines = {line.get_label(): line for line in ax.lines}
+            assert set(lines) == {"predicted", "measured"}
+            assert ax.get_yscale() == "log"
+            assert ax.get_ylabel() == f"second moment, {way}"
+            for label, name in (("measured", way), ("predicted", f"predicted_{way}")):
+                x, y = lines[label].get_data()
+                np.testing.assert_array_equal(x, [1, 2])
+                np.testing.assert_array_equal(y, [getattr(layer, name) for layer in found.layers])
+    finally:
+        plt.close(figure)
