@@ -650,7 +650,7 @@ class PropagationReport:
 
     @property
     def verdict(self) -> str:
-        """One sentence: which layer goes wrong first, in either direction."""
+        """Which layer goes wrong first, in either direction, in one sentence."""
         found = [("values", self.first_bad_forward), ("gradients", self.first_bad_backward)]
         bad = [f"{what} first go wrong at layer {name}" for what, name in found if name is not None]
         return "; ".join(bad) if bad else f"all second moments stay within a factor of {self.limit:g}"
