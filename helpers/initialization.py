@@ -471,7 +471,8 @@ def edge_of_chaos(activation: Activation, variance: float) -> Scales:
     Returns
     -------
     Scales
-        ``σ_w² = 1 / E[φ'(z)²]`` and ``σ_b² = v* - σ_w² E[φ(z)²]``.
+        ``σ_w² = 1 / E[φ'(z)²]`` and ``σ_b² = v* - σ_w² E[φ(z)²]``. Where :func:`variance_map` is steeper than 1
+        there, as for GELU at small variances, v* repels: networks leave it.
 
     Raises
     ------
