@@ -7,6 +7,8 @@ NOTEBOOKS = $(shell find book -name '*.ipynb' -not -name ledger.ipynb -not -path
 VENV := .venv
 BIN := $(VENV)/bin
 HTML := _build/html/index.html
+# Test modules that take longest come first, so that no worker is left alone with one of them at the end.
+LONGEST := tests/test_reseed.py tests/test_no_network.py tests/test_pages.py
 
 COMMA := ,
 EXTRAS_book := book
@@ -39,7 +41,8 @@ html: $(VENV)/.installed-book
 	$(BIN)/jupyter-book build . -W -n --keep-going --all
 
 test: $(VENV)/.installed-test lint  ## check everything that CI checks
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --ignore tests/browser --ignore tests/any_device tests
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/browser --ignore tests/any_device \
+	  $(LONGEST) tests
 	PYTHONPATH=$(CURDIR)/tests/no_network $(BIN)/pytest --nbval --nbval-current-env -n $(JOBS) --dist loadscope book
 	$(MAKE) --jobs $(JOBS) devices html  # one process each
 	$(MAKE) look
