@@ -76,7 +76,7 @@ reseed: $(VENV)/.installed-test  ## check every claim under SEEDS=20 fresh seeds
 	$(BIN)/python -m helpers.lab.reseed --seeds $(SEEDS) --jobs $(JOBS) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(SCHEDULER),--scheduler $(SCHEDULER)) $(NOTEBOOKS)
 
-bench: $(VENV)/.installed-bench  ## time the helpers beside Opacus, BackPACK and bare random numbers
+bench: $(VENV)/.installed-bench  ## time the helpers beside Opacus, BackPACK, bare random numbers and plain loops
 	$(BIN)/python -m benchmarks
 
 constraints: $(VENV)/.created  ## renew constraints.txt; torch stays until its line there is edited

@@ -1207,6 +1207,7 @@ def test_report_names_what_it_does_not_know(model, rule):
 def test_report_needs_a_limit_above_one(limit):
     with pytest.raises(ValueError, match=f"^limit must be above 1, got {limit}$"):
         report(small_model(), batch(6, 3), limit=limit)
+    assert report(small_model(), batch(6, 3), limit=1.1).limit == 1.1
 
 
 def made_up(forward, backward, limit=100.0):

@@ -134,8 +134,8 @@ def test_axe_would_find_faint_text(page):
     last.evaluate("found => (found.style.color = '')")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("letter_spacing", ["normal", "1px"])  # other machines have other, wider fonts
+# Other machines have other, wider fonts.
+@pytest.mark.parametrize(("scheme", "letter_spacing"), [("light", "normal"), ("dark", "1px")])
 def test_a_phone_does_not_scroll_sideways(page, scheme, letter_spacing):
     dress(page, PHONE, scheme)
     page.evaluate("spacing => (document.body.style.letterSpacing = spacing)", letter_spacing)
