@@ -743,14 +743,6 @@ def test_one_example_has_a_per_sample_gradient():
     assert_same(found, looped_gradients(model, functional.cross_entropy, *data))
 
 
-def test_per_sample_gradients_of_single_precision_stay_single():
-    model = build(perceptron, torch.float32)
-    data = examples(model)
-    found = per_sample_gradients(model, functional.cross_entropy, *data)
-    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    assert_same(found, looped_gradients(model, functional.cross_entropy, *data), rtol=1e-4, atol=1e-6)
-
-
 def identical_inputs_through_dropout(training, chunk_size):
     model = build(lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(60, 1, bias=False)))
     model.train(training)
@@ -1147,12 +1139,15 @@ def test_mean_gradient_of_an_unused_parameter_is_zero():
     assert torch.equal(found["unused"], torch.zeros(2, 3, dtype=torch.float64))
 
 
-def test_mean_gradient_of_single_precision_stays_single():
+@pytest.mark.parametrize(
+    ("function", "oracle"), [(per_sample_gradients, looped_gradients), (mean_gradient, gradient_of_mean_loss)]
+)
+def test_gradients_of_single_precision_stay_single(function, oracle):
     model = build(perceptron, torch.float32)
     data = examples(model)
-    found = mean_gradient(model, functional.cross_entropy, *data)
+    found = function(model, functional.cross_entropy, *data)
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    assert_same(found, gradient_of_mean_loss(model, functional.cross_entropy, *data), rtol=1e-4, atol=1e-6)
+    assert_same(found, oracle(model, functional.cross_entropy, *data), rtol=1e-4, atol=1e-6)
 
 
 # The noise scale of your own network
