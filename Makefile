@@ -7,8 +7,10 @@ NOTEBOOKS = $(shell find book -name '*.ipynb' -not -name ledger.ipynb -not -path
 VENV := .venv
 BIN := $(VENV)/bin
 HTML := _build/html/index.html
-# Test modules that take longest come first, so that no worker is left alone with one of them at the end.
-LONGEST := tests/test_reseed.py tests/test_no_network.py tests/test_pages.py
+# Test modules that take longest come first, so that no worker is left alone with one of them at the end. They are named
+# one by one: pytest sorts files that it finds in a folder.
+LONGEST := $(patsubst %,tests/test_%.py,reseed estimates no_network gradient_noise pages claims)
+UNITS := $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
 COMMA := ,
 EXTRAS_book := book
@@ -41,8 +43,7 @@ html: $(VENV)/.installed-book
 	$(BIN)/jupyter-book build . -W -n --keep-going --all
 
 test: $(VENV)/.installed-test lint  ## check everything that CI checks
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/browser --ignore tests/any_device \
-	  $(LONGEST) tests
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(UNITS)
 	PYTHONPATH=$(CURDIR)/tests/no_network $(BIN)/pytest --nbval --nbval-current-env -n $(JOBS) --dist loadscope book
 	$(MAKE) --jobs $(JOBS) devices html  # one process each
 	$(MAKE) look
