@@ -7,10 +7,10 @@ NOTEBOOKS = $(shell find book -name '*.ipynb' -not -name ledger.ipynb -not -path
 VENV := .venv
 BIN := $(VENV)/bin
 HTML := _build/html/index.html
-# Test modules that take longest come first, so that no worker is left alone with one of them at the end. They are named
-# one by one: pytest sorts files that it finds in a folder.
+# Of the test modules those that take longest come first, so that no worker is left alone with one of them at the end;
+# they are named one by one, since pytest sorts what it finds in a folder.
 LONGEST := $(patsubst %,tests/test_%.py,reseed estimates no_network gradient_noise pages claims)
-UNITS := $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
+MODULES := $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
 COMMA := ,
 EXTRAS_book := book
@@ -43,8 +43,8 @@ html: $(VENV)/.installed-book
 	$(BIN)/jupyter-book build . -W -n --keep-going --all
 
 test: $(VENV)/.installed-test lint  ## check everything that CI checks
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(UNITS)
-	PYTHONPATH=$(CURDIR)/tests/no_network $(BIN)/pytest --nbval --nbval-current-env -n $(JOBS) --dist loadscope book
+	PYTHONPATH=$(CURDIR)/tests/no_network $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  --nbval --nbval-current-env book $(MODULES)
 	$(MAKE) --jobs $(JOBS) devices html  # one process each
 	$(MAKE) look
 

@@ -260,7 +260,8 @@ def pythonpath_of_make_test():
         text=True,
         check=True,
     )
-    (line,) = [line for line in printed.stdout.splitlines() if "--nbval" in line]
+    commands = printed.stdout.replace("\\\n", " ").splitlines()
+    (line,) = [line for line in commands if "--nbval" in line]
     (setting,) = [word for word in shlex.split(line) if word.startswith("PYTHONPATH=")]
     return setting.partition("=")[2]
 
