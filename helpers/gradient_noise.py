@@ -602,10 +602,10 @@ def _compare(chunks: Iterator[torch.Tensor], mean: torch.Tensor) -> tuple[torch.
     """
     deviations, along, overlaps, pairs = [], [], 0.0, 0
     for rows in chunks:
-        centred = rows - mean
-        deviations.append(centred.square().sum(1))
-        along.append(centred @ mean)
-        products = (centred @ centred.T).square()
+        centered = rows - mean
+        deviations.append(centered.square().sum(1))
+        along.append(centered @ mean)
+        products = (centered @ centered.T).square()
         overlaps += products.sum() - products.diagonal().sum()
         pairs += len(rows) * (len(rows) - 1)
     return torch.cat(deviations), torch.cat(along), overlaps / pairs

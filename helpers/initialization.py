@@ -33,7 +33,7 @@ POINTS = 96
 NEAR = 1e-6
 
 # Weights that a simulation holds at once, in numbers; of preactivations it holds as many at most.
-WEIGHTS_AT_ONCE = 2**23
+WEIGHTS_AT_ONCE = 2**21
 
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh)
 ACTIVATIONS += (nn.Sigmoid, nn.Hardtanh, nn.Identity)

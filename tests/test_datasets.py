@@ -141,7 +141,7 @@ def test_noise_has_a_normal_law_with_the_level_of_its_image():
 
 
 def test_noise_is_never_shared():
-    # Correlation of neighbouring images and of neighbouring pixels, each the mean of n products of variance 1.
+    # Correlation of neighboring images and of neighboring pixels, each the mean of n products of variance 1.
     z = noise(500, "unshared", torch.ones(500, dtype=torch.float64, device=device()))
     for products in (z[0::2] * z[1::2], z[:, 0::2] * z[:, 1::2]):
         assert abs(products.mean().item()) * products.numel() ** 0.5 < stats.norm.isf(FALSE_ALARM / 2)

@@ -411,9 +411,9 @@ def test_variance_of_one_fair_coin_among_others_is_refused():
 
 def test_function_of_refuses_a_maximum():
     # (E X)² at E X = 0: the gradient vanishes and curvature rules.
-    centred = rng("test.estimates.maximum").normal(0, 1, (5000, 1))
+    centered = rng("test.estimates.maximum").normal(0, 1, (5000, 1))
     with pytest.raises(ValueError, match="the estimate is degenerate, or n too small"):
-        function_of(lambda m: m[0] ** 2, centred)
+        function_of(lambda m: m[0] ** 2, centered)
 
 
 @pytest.mark.parametrize(

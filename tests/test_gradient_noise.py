@@ -532,11 +532,11 @@ class Buffered(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("centre", torch.linspace(-1, 1, 4))
+        self.register_buffer("center", torch.linspace(-1, 1, 4))
         self.head = nn.Linear(4, 4)
 
     def forward(self, x):
-        return self.head((x - self.centre).square())
+        return self.head((x - self.center).square())
 
 
 class PartlyUsed(nn.Module):
@@ -1307,12 +1307,12 @@ def test_noise_scale_z_scores_are_standard_in_many_coordinates():
     assert_standard(np.array([(estimate.value - truth) / estimate.stderr for estimate in estimates]))
 
 
-def two_points(centre, n):
-    """Return n gradients centre ± 1 of one coordinate, half of each."""
-    return centre + np.tile([1.0, -1.0], n // 2)[:, None]
+def two_points(center, n):
+    """Return n gradients center ± 1 of one coordinate, half of each."""
+    return center + np.tile([1.0, -1.0], n // 2)[:, None]
 
 
-def centre_at(standard_errors, n):
+def center_at(standard_errors, n):
     """Return where |∇L|² of :func:`two_points` is so many standard errors above zero.
 
     |ḡ|² is c² and tr S is n/(n-1); the products of deviations with ḡ are ±c. There the part of second order, 2/n²
@@ -1327,29 +1327,29 @@ def centre_at(standard_errors, n):
 
 def test_noise_scale_is_refused_just_below_four_standard_errors():
     with pytest.raises(ValueError, match="too few"):
-        scale_of_rows(two_points(centre_at(3.95, 200), 200))
+        scale_of_rows(two_points(center_at(3.95, 200), 200))
 
 
 def test_noise_scale_is_given_just_above_four_standard_errors():
-    rows = two_points(centre_at(4.05, 200), 200)
+    rows = two_points(center_at(4.05, 200), 200)
     assert scale_of_rows(rows).value == pytest.approx(scale_by_pairs(rows), rel=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("centre", "squared_norm", "error"),
+    ("center", "squared_norm", "error"),
     [
         (0.0, "-0.333", "0.354"),  # √(2/16): only the part of second order is left
         (1.0, "0.667", "0.935"),  # √(4/4 - 2/16): at the sample mean the first part has 4/16 too much
     ],
 )
-def test_noise_scale_near_the_optimum_is_refused_with_the_figures(centre, squared_norm, error):
-    # Four gradients centre ± 1: tr S is 4/3, of which a quarter is taken off the square of the centre.
+def test_noise_scale_near_the_optimum_is_refused_with_the_figures(center, squared_norm, error):
+    # Four gradients center ± 1: tr S is 4/3, of which a quarter is taken off the square of the center.
     message = (
         f"|∇L|² must be 4 standard errors above zero, got {squared_norm} with standard error {error}: "
         "4 examples are too few to tell the gradient from its noise"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        scale_of_rows(two_points(centre, 4))
+        scale_of_rows(two_points(center, 4))
 
 
 def test_noise_scale_of_vanishing_gradients_is_refused():
@@ -1467,10 +1467,10 @@ def test_two_batch_noise_scale_z_scores_are_standard():
 def norms_at(standard_errors, n):
     """Return norms for which |∇L|² = 2 E large - E small is so many standard errors above zero.
 
-    Both are centre ± 1 together, and their difference is 1 ± 0: |∇L|² is centre - 1, its influence values ±1.
+    Both are center ± 1 together, and their difference is 1 ± 0: |∇L|² is center - 1, its influence values ±1.
     """
-    centre = 1 + standard_errors / math.sqrt(n - 1)
-    large = centre + torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(n // 2)
+    center = 1 + standard_errors / math.sqrt(n - 1)
+    large = center + torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(n // 2)
     return large + 1, large
 
 

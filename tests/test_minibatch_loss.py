@@ -276,9 +276,9 @@ def test_iid_losses_are_uncorrelated_within_and_between_batches(marginal):
     losses = iid_losses(200_000, 3, **SOURCES, marginal=marginal, generator=generator(f"test.iid.pairs.{marginal}"))
     z = (losses - MEAN) / STD
     pairs = torch.stack([z[:, 0] * z[:, 1], z[:, 0] * z[:, 2], z[:, 1] * z[:, 2]], dim=1)
-    neighbours = z[0::2] * z[1::2]
+    neighbors = z[0::2] * z[1::2]
     assert agree_with_means(pairs, 0.0)
-    assert agree_with_means(neighbours, 0.0)
+    assert agree_with_means(neighbors, 0.0)
 
 
 # The third power of an exponential variable, the worst here, has skewness 31. At n = 400,000 that makes its upper tail
@@ -535,17 +535,17 @@ def test_shared_shift_gradients_have_these_moments():
     mean, _, _ = gradients_by_quadrature(**GRADIENTS)
     variance, correlation = shared_shift_moments(**GRADIENTS)
     gradients = shared_shift_gradients(400_000, 2, **GRADIENTS, generator=generator("test.gradients.moments"))
-    centred = gradients - torch.as_tensor(mean)
-    assert agree_with_means(centred.flatten(1), 0.0)
-    assert agree_with_means(centred.square().mean(1), variance)
-    assert agree_with_means(centred.prod(1), correlation * variance)
+    centered = gradients - torch.as_tensor(mean)
+    assert agree_with_means(centered.flatten(1), 0.0)
+    assert agree_with_means(centered.square().mean(1), variance)
+    assert agree_with_means(centered.prod(1), correlation * variance)
 
 
 def test_shared_shift_gradients_of_different_batches_are_independent():
     mean, _, _ = gradients_by_quadrature(**GRADIENTS)
     gradients = shared_shift_gradients(100_000, 2, **GRADIENTS, generator=generator("test.gradients.independent"))
-    centred = gradients - torch.as_tensor(mean)
-    assert agree_with_means((centred[0::2] * centred[1::2]).flatten(1), 0.0)
+    centered = gradients - torch.as_tensor(mean)
+    assert agree_with_means((centered[0::2] * centered[1::2]).flatten(1), 0.0)
 
 
 # Laws of the batch loss
@@ -701,8 +701,8 @@ def test_stable_losses_have_the_characteristic_function(alpha):
 def test_stable_losses_of_a_batch_are_independent():
     losses = stable_losses(100_000, 2, alpha=1.3, generator=generator("test.stable.independent"))
     above = (losses.abs() > 1).double()
-    centred = above - above.mean()
-    assert agree_with_means(centred[:, 0] * centred[:, 1], 0.0)
+    centered = above - above.mean()
+    assert agree_with_means(centered[:, 0] * centered[:, 1], 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -79,7 +79,7 @@ def test_one_setting_turns_on_colab_binder_and_edits(public):
     assert f"{ADDRESS}/edit/main/book/index.md" in text_of(public, "index.html")
 
 
-def test_code_keeps_its_words_and_its_coloured_parts(private):
+def test_code_keeps_its_words_and_its_colored_parts(private):
     code = re.search(r"<pre>(.*?)</pre>", text_of(private, "b.html"), re.DOTALL)[1]
     assert re.sub(r"<[^>]*>", "", code).strip() == "answer = f(1)"
     assert '<span class="mi">1</span>' in code

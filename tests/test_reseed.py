@@ -376,7 +376,7 @@ def test_understated_standard_errors_are_caught():
 
 
 @pytest.mark.parametrize("shift", [-0.5, 0.5])
-def test_scores_off_centre_are_caught(shift):
+def test_scores_off_center_are_caught(shift):
     for scores in rng("test.reseed.shifted").normal(shift, 1, (20, 20, 30)):
         _, problems = z_score_problems(runs_of(scores))
         assert any(problem.startswith("the mean of the z-scores is not") for problem in problems)

@@ -24,7 +24,7 @@ MATHJAX_PARTS = (
 )
 PLOTLY = "plotly/plotly.min.js"
 FIGURE_MARK = 'class="slider-figure"'
-# Names, punctuation and spaces of code have the colour of the code around them.
+# Names, punctuation and spaces of code have the color of the code around them.
 PLAIN_CODE = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')
 
 # What the theme offers once it knows where the book's repository is.

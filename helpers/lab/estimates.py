@@ -189,8 +189,8 @@ def covariance(samples: torch.Tensor | np.ndarray) -> Covariance:
     samples = _as_samples(samples)
     if samples.ndim != 2:
         raise ValueError(f"samples must have shape (n, d), got {tuple(samples.shape)}")
-    centred = samples - samples.mean(0)
-    products = centred[:, :, None] * centred[:, None, :]  # (n, d, d)
+    centered = samples - samples.mean(0)
+    products = centered[:, :, None] * centered[:, None, :]  # (n, d, d)
     c = products.mean(0)
     quadratic = c.diagonal()[:, None] * c.diagonal()[None, :] + c.square()
     return _second_moments(Covariance, products, quadratic)
@@ -220,13 +220,13 @@ def function_of(function: Callable[[torch.Tensor], torch.Tensor], samples: torch
     samples = _as_samples(samples)
     if samples.ndim != 2:
         raise ValueError(f"samples must have shape (n, k), got {tuple(samples.shape)}")
-    centre = samples.mean(0)
-    value = function(centre)
-    gradient = torch.func.jacrev(function)(centre)  # (..., k)
-    hessian = torch.func.hessian(function)(centre)  # (..., k, k)
-    centred = samples - centre
-    influence = torch.tensordot(centred, gradient, dims=([1], [gradient.ndim - 1]))  # (n, ...)
-    curvature = hessian @ (centred.T @ centred / len(samples))
+    center = samples.mean(0)
+    value = function(center)
+    gradient = torch.func.jacrev(function)(center)  # (..., k)
+    hessian = torch.func.hessian(function)(center)  # (..., k, k)
+    centered = samples - center
+    influence = torch.tensordot(centered, gradient, dims=([1], [gradient.ndim - 1]))  # (n, ...)
+    curvature = hessian @ (centered.T @ centered / len(samples))
     quadratic = (curvature @ curvature).diagonal(dim1=-2, dim2=-1).sum(-1) / 2
     _refuse_degenerate(influence.square().mean(0), quadratic, len(samples))
     return _from_influence(Estimate, value, influence)
@@ -261,7 +261,7 @@ def _sample_size(samples: torch.Tensor) -> int:
 def _from_influence(
     kind: type[Estimate], value: torch.Tensor, influence: torch.Tensor, variance: torch.Tensor | None = None
 ) -> Estimate:
-    """Build an estimate from its centred influence values (n, ...); `variance` is that of the estimate, if known."""
+    """Build an estimate from its centered influence values (n, ...); `variance` is that of the estimate, if known."""
     n = len(influence)
     second, third = influence.square().mean(0), influence.pow(3).mean(0)
     if variance is None:

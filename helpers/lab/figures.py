@@ -1,4 +1,4 @@
-"""One look for all figures: theory is a line, simulation dots with error bars, data a third colour.
+"""One look for all figures: theory is a line, simulation dots with error bars, data a third color.
 
 Figures are drawn in dark ink on a transparent ground. On a dark page the book's style sheet inverts lightness and
 keeps hues, so one picture serves both.

@@ -129,7 +129,7 @@ def _figure(numbers: Any, at: int) -> str:
 
 
 def _html_row(row: Mapping[str, Any]) -> str:
-    labelled = zip(HEADERS[1:], (*row["cells"], "✓"), strict=True)
-    cells = "".join(f'<td data-label="{label}">{html.escape(cell)}</td>' for label, cell in labelled)
+    labeled = zip(HEADERS[1:], (*row["cells"], "✓"), strict=True)
+    cells = "".join(f'<td data-label="{label}">{html.escape(cell)}</td>' for label, cell in labeled)
     link = f'<a href="{row["page"]}#{row["id"]}">{row["id"]}</a>'
     return f'<tr data-chapter="{row["chapter"]}"><th scope="row">{link}</th>{cells}</tr>'

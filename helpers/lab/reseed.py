@@ -2,7 +2,7 @@
 
 Executes every notebook under many values of ``BOOK_SEED`` and leaves the stored outputs alone. A stored notebook shows
 that a claim held once; this shows how often it holds, and would show standard errors that are too large (z-scores too
-small) as well as formulas that are slightly wrong (z-scores off centre).
+small) as well as formulas that are slightly wrong (z-scores off center).
 """
 
 import argparse

@@ -86,7 +86,7 @@ def seeded(stream: str) -> Iterator[None]:
 
 
 def _seed(stream: str) -> int:
-    """Hash (``BOOK_SEED``, stream) to 63 bits, so that neighbouring seeds and names have unrelated draws."""
+    """Hash (``BOOK_SEED``, stream) to 63 bits, so that neighboring seeds and names have unrelated draws."""
     text = os.environ.get("BOOK_SEED", "0")
     try:
         book_seed = int(text)

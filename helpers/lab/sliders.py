@@ -26,7 +26,7 @@ def curve(x: np.ndarray, y: np.ndarray, *, name: str, color: str = THEORY, dash:
     name : str
         What the legend calls it.
     color : str
-        One of the colours of :mod:`helpers.lab.figures`.
+        One of the colors of :mod:`helpers.lab.figures`.
     dash : str
         Plotly's name of a line style: ``"solid"``, ``"dash"``, ``"dot"``.
 
@@ -49,7 +49,7 @@ def points(x: np.ndarray, estimates: Estimate | Sequence[Estimate], *, name: str
     name : str
         What the legend calls them.
     color : str
-        One of the colours of :mod:`helpers.lab.figures`.
+        One of the colors of :mod:`helpers.lab.figures`.
 
     Returns
     -------
@@ -70,7 +70,7 @@ def points(x: np.ndarray, estimates: Estimate | Sequence[Estimate], *, name: str
 
 
 def note(text: str, x: float, y: float) -> Trace:
-    """Return a trace that is one line of text, centred at (x, y); the legend leaves it out."""
+    """Return a trace that is one line of text, centered at (x, y); the legend leaves it out."""
     return {"x": [x], "y": [y], "text": [text], "mode": "text"}
 
 

@@ -83,8 +83,8 @@ def test_the_text_is_light(page):
     assert 0.2e6 < text < 1e6
 
 
-# Colours take axe nearly all of its time: text that looks like other text, on the same ground, is left out.
-OF_COLOURS = ["color-contrast", "link-in-text-block"]
+# Colors take axe nearly all of its time: text that looks like other text, on the same ground, is left out.
+OF_COLORS = ["color-contrast", "link-in-text-block"]
 MARK_LOOKS = """() => {
   const grounds = new Map([[null, ""]]), seen = new Set();
   const ground = element => {
@@ -122,9 +122,9 @@ def serious(page, context=None, **options):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(page, scheme):
     dress(page, WIDE, scheme)
-    assert serious(page, rules={rule: {"enabled": False} for rule in OF_COLOURS}) == []
+    assert serious(page, rules={rule: {"enabled": False} for rule in OF_COLORS}) == []
     page.evaluate(MARK_LOOKS)
-    assert serious(page, LOOKS, runOnly=OF_COLOURS) == []
+    assert serious(page, LOOKS, runOnly=OF_COLORS) == []
 
 
 @of_the_chapter
@@ -137,7 +137,7 @@ def test_axe_would_find_faint_text_and_links_like_text(page, selector, style):
     last = page.locator(selector).last
     last.evaluate("(found, style) => (found.style.cssText = style)", style)
     page.evaluate(MARK_LOOKS)
-    assert serious(page, LOOKS, runOnly=OF_COLOURS) != []
+    assert serious(page, LOOKS, runOnly=OF_COLORS) != []
     last.evaluate("found => (found.style.cssText = '')")
 
 
