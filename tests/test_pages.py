@@ -31,7 +31,7 @@ def build(folder, address=""):
     assert config.count('url: ""') == 1
     (folder / "_config.yml").write_text(config.replace('url: ""', f'url: "{address}"'), encoding="utf-8")
     (folder / "_toc.yml").write_text("format: jb-book\nroot: book/index\nchapters:\n- file: book/a\n- file: book/b\n")
-    (folder / "book/index.md").write_text("# A book\n\n```{tip}\nLook up.\n```\n")
+    (folder / "book/index.md").write_text("# A book\n\nLet $x>0$, and $y$ too.\n\n```{tip}\nLook up.\n```\n")
     nbformat.write(notebook({"text/html": FIGURE, "text/plain": "A figure"}), folder / "book/a.ipynb")
     nbformat.write(notebook(), folder / "book/b.ipynb")
     jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
@@ -84,6 +84,14 @@ def test_code_keeps_its_words_and_its_colored_parts(private):
     assert re.sub(r"<[^>]*>", "", code).strip() == "answer = f(1)"
     assert '<span class="mi">1</span>' in code
     assert 'class="n"' not in code
+
+
+def test_no_line_begins_with_the_comma_behind_a_formula(private):
+    math = r'<span class="math notranslate nohighlight">'
+    page = text_of(private, "index.html")
+    assert re.search(
+        rf'Let <span class="unbroken">{math}\\\(x&gt;0\\\)</span>,</span> and {math}\\\(y\\\)</span> too', page
+    )
 
 
 def test_icons_of_the_pages_are_there_and_the_others_are_gone(private):

@@ -26,6 +26,8 @@ PLOTLY = "plotly/plotly.min.js"
 FIGURE_MARK = 'class="slider-figure"'
 # Names, punctuation and spaces of code have the color of the code around them.
 PLAIN_CODE = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')
+# Browsers would begin a line with the comma behind a formula.
+FORMULA_AND_MARK = re.compile(r'(<span class="math [^>]*>[^<]*</span>[,.;:!?)]+)')
 
 # What the theme offers once it knows where the book's repository is.
 REPOSITORY_BUTTONS = {
@@ -57,6 +59,7 @@ def choose_scripts(app, pagename, templatename, context, doctree):
     # docutils calls the bibliography a list, but its items no list items: to a
     # screen reader it would be an empty list.
     body = context.get("body", "").replace(' role="list"', "")
+    body = FORMULA_AND_MARK.sub(r'<span class="unbroken">\1</span>', body)
     # A third of a chapter's weight.
     context["body"] = PLAIN_CODE.sub(r"\1", body)
 
