@@ -22,6 +22,9 @@ EXTRAS_bench := bench
 .PHONY: help book html test devices browser look lint lab execute ledger reseed bench constraints clean
 .DELETE_ON_ERROR:
 
+# Bytecode is kept, whatever the shell says: else each of some forty processes would compile torch and SymPy again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # What is stored in the notebooks was computed like this: one thread, so that sums have one order, and one seed.
 test execute ledger: export BOOK_DEVICE := cpu
 test execute ledger: export BOOK_SEED := 0
