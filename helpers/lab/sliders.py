@@ -12,6 +12,7 @@ from helpers.lab.estimates import Estimate, stack
 from helpers.lab.figures import INK, SIMULATION, THEORY
 
 GRID = "rgba(138, 144, 153, 0.3)"  # translucent, so that it shows on light pages and dark ones
+SLIDER_HEIGHT = 85  # of Plotly's own, with its name and labels, in pixels
 
 Trace = dict[str, Any]
 
@@ -170,7 +171,7 @@ class SliderFigure:
                 for label, state in zip(slider.labels, states, strict=True)
             ]
             prefix = {"prefix": f"{slider.name}: "}
-            below = {"y": -0.25 - 0.42 * k, "pad": {"t": 10}}
+            below = {"y": 0, "pad": {"t": 70 + SLIDER_HEIGHT * k}}
             controls.append({"active": slider.active, "currentvalue": prefix, "steps": steps, **below})
             for trace, state in zip(data, states[slider.active], strict=True):
                 trace[attribute] = state
@@ -185,8 +186,11 @@ class SliderFigure:
             f'<div class="slider-figure" role="group" aria-label="{html.escape(self.alt, quote=True)}">'
             f'<script type="application/json">{stored}</script></div>'
         )
+        # JupyterLab draws Plotly's own sliders below the plot; the page has other ones, above it.
+        layout = self.figure["layout"]
+        roomy = layout | {"height": layout["height"] + SLIDER_HEIGHT * len(layout["sliders"])}
         config = {"displayModeBar": False}  # its share button would send the chart to another host
-        plotly = self.figure | {"config": config}
+        plotly = self.figure | {"layout": roomy, "config": config}
         return {"application/vnd.plotly.v1+json": plotly, "text/html": page, "text/plain": repr(self)}
 
 
