@@ -286,5 +286,7 @@ def test_printing_shows_solutions_and_no_sidebar(page):
     assert page.locator(".solution.dropdown").first.evaluate("x => !x.classList.contains('toggle-hidden')")
     assert page.locator("details.sd-dropdown").first.evaluate("x => x.open")
     assert page.locator(".toggle-button").first.is_hidden()
+    # A cell cut in two would leave an empty frame on the page before.
+    assert page.locator(".cell_input").first.evaluate("x => getComputedStyle(x).breakInside") == "avoid"
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")
     page.emulate_media(media="screen")
