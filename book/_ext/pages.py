@@ -56,6 +56,10 @@ def choose_scripts(app, pagename, templatename, context, doctree):
     context["script_files"] = [
         x for x in scripts if "thebe" not in _text_of(x).lower()
     ]
+
+
+def polish_text(app, pagename, templatename, context, doctree):
+    """Mend what screen readers, phones and slow networks stumble over."""
     # docutils calls the bibliography a list, but its items no list items: to a
     # screen reader it would be an empty list.
     body = context.get("body", "").replace(' role="list"', "")
@@ -96,5 +100,6 @@ def copy_scripts(app, exception):
 def setup(app):
     app.connect("config-inited", offer_repository)
     app.connect("html-page-context", choose_scripts, priority=900)
+    app.connect("html-page-context", polish_text, priority=900)
     app.connect("build-finished", copy_scripts)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -12,7 +12,8 @@ from helpers.lab.estimates import Estimate, stack
 from helpers.lab.figures import INK, SIMULATION, THEORY
 
 GRID = "rgba(138, 144, 153, 0.3)"  # translucent, so that it shows on light pages and dark ones
-SLIDER_HEIGHT = 85  # of Plotly's own, with its name and labels, in pixels
+# Of what stands below a plot in JupyterLab, in pixels: the axis, and each of Plotly's own sliders with its labels.
+AXIS_HEIGHT, SLIDER_HEIGHT = 70, 85
 
 Trace = dict[str, Any]
 
@@ -171,7 +172,7 @@ class SliderFigure:
                 for label, state in zip(slider.labels, states, strict=True)
             ]
             prefix = {"prefix": f"{slider.name}: "}
-            below = {"y": 0, "pad": {"t": 70 + SLIDER_HEIGHT * k}}
+            below = {"y": 0, "pad": {"t": AXIS_HEIGHT + SLIDER_HEIGHT * k}}
             controls.append({"active": slider.active, "currentvalue": prefix, "steps": steps, **below})
             for trace, state in zip(data, states[slider.active], strict=True):
                 trace[attribute] = state

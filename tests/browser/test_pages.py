@@ -152,6 +152,24 @@ def test_a_phone_does_not_scroll_sideways(page, scheme, letter_spacing):
     page.evaluate("document.body.style.letterSpacing = ''")
 
 
+@of_the_chapter
+def test_no_line_begins_with_the_mark_behind_a_formula(page):
+    dress(page, PHONE, "light")
+    alone = page.evaluate("""() => {
+      const top = node => {
+        const range = document.createRange();
+        range.setStart(node, 0);
+        range.setEnd(node, 1);
+        return range.getBoundingClientRect().top;
+      };
+      return [...document.querySelectorAll("article .math")].filter(math => {
+        const mark = math.nextSibling, box = math.getBoundingClientRect();
+        return mark?.nodeType === Node.TEXT_NODE && /^[,.;:]/.test(mark.data) && box.width && top(mark) >= box.bottom;
+      }).map(math => math.parentElement.textContent.slice(0, 80));
+    }""")
+    assert alone == []
+
+
 def test_dark_mode_is_dark(page):
     dress(page, WIDE, "light")
     assert luminance(page, "body") > 0.9
