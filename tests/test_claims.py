@@ -456,6 +456,20 @@ def test_exact_allows_rounding(difference, passes):
     assert check_exact(ID, 2.0, 2.0 * (1 + difference)).passed == passes
 
 
+@pytest.mark.parametrize(("computed", "passes"), [(2.0, True), (np.nextafter(2.0, 3.0), False)])
+def test_exact_at_no_tolerance_wants_identical_numbers(computed, passes):
+    claim = check_exact(ID, 2.0, computed, rtol=0)
+    assert claim.passed == passes
+    assert claim.row == ("2 = 2  equal" if passes else "2 ≠ 2  not equal")
+    assert claim.sentence == "Two independent computations agree, to the last bit."
+
+
+@pytest.mark.parametrize("rtol", [-1e-9, 1.0, math.inf, math.nan])
+def test_exact_refuses_tolerances_outside_0_and_1(rtol):
+    with pytest.raises(ValueError, match=re.escape(f"rtol must lie in [0, 1), got {rtol}")):
+        check_exact(ID, 2.0, 2.0, rtol=rtol)
+
+
 @pytest.mark.parametrize(("rtol", "passes"), [(0.011, True), (0.009, False)])
 def test_exact_obeys_its_tolerance(rtol, passes):
     assert check_exact(ID, 2.0, 2.02, rtol=rtol).passed == passes

@@ -232,6 +232,56 @@ def test_asymmetry_is_the_skewness_of_the_estimates_error():
     assert Estimate(1.0, 0.1, 400, 5.0).asymmetry == 0.25
 
 
+# Printing and comparing
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "shown"),
+    [
+        (148.3, 7.9, "148 ± 8"),
+        (148.3, 3.549, "148.3 ± 3.5"),  # two digits below 3.55
+        (148.3, 3.551, "148 ± 4"),
+        (148.3, 0.96, "148.3 ± 1.0"),
+        (148.3, 99.6, "150 ± 100"),
+        (148.3, 1.0, "148.3 ± 1.0"),
+        (0.13719, 0.01234, "0.137 ± 0.012"),
+        (-0.0004, 0.0042, "-0.000 ± 0.004"),
+        (0.0, 0.0042, "0.000 ± 0.004"),
+        (12345.0, 80.0, "12,340 ± 80"),
+        (12345.0, 2345.0, "12,300 ± 2,300"),
+        (1.5, 240.0, "0 ± 240"),
+        (3.0, 0.0, "3 ± 0"),
+        (1.4824e10, 8.1e7, "(1.482 ± 0.008)e+10"),
+        (-1.4824e-7, 8.1e-9, "(-1.48 ± 0.08)e-07"),
+        (0.0, 2.3e-9, "(0.0 ± 2.3)e-09"),
+        (999_999.0, 7.0, "999,999 ± 7"),
+        (1_000_000.0, 7.0, "(1.000000 ± 0.000007)e+06"),
+    ],
+)
+def test_an_estimate_prints_its_value_to_the_digits_that_its_error_leaves(value, stderr, shown):
+    assert repr(Estimate(value, stderr, 4000, 0.0)) == f"{shown} (n = 4,000)"
+
+
+def test_arrays_of_estimates_print_entry_by_entry():
+    pair = Estimate([[1.0, 2.0]], [[0.1, 0.2]], [[30, 1200]], 0.0)
+    assert repr(pair) == "[[1.00 ± 0.10, 2.00 ± 0.20]] (n = 30 to 1,200)"
+    assert repr(Covariance(np.eye(1), 0.5, 10, 0.0)) == "[[1.0 ± 0.5]] (n = 10)"
+
+
+def test_long_arrays_of_estimates_are_cut_short_in_print():
+    assert repr(Estimate(np.arange(100.0), 0.1, 10, 0.0)).count("±") == 6
+
+
+def test_estimates_are_equal_if_all_their_figures_are():
+    figures = {"value": [1.0, 2.0], "stderr": 0.1, "n": 10, "skewness": 0.3}
+    assert Estimate(**figures) == Estimate(**figures)
+    for name, other in {"value": [1.0, 2.5], "stderr": 0.2, "n": 11, "skewness": 0.4}.items():
+        assert Estimate(**figures) != Estimate(**{**figures, name: other})
+    assert Estimate(**figures) != Estimate(1.0, 0.1, 10, 0.3)
+    assert Estimate(0.5, 0.1, 10, 0.3) != Proportion(0.5, 0.1, 10, 0.3)
+    assert Estimate(0.5, 0.1, 10, 0.3) != 0.5
+
+
 # Inputs
 
 ESTIMATORS = {

@@ -174,7 +174,7 @@ def exact(
     formula, computed : array_like
         The closed form, and the same by enumeration, quadrature or a library's routine.
     rtol : float
-        Allowed difference as a fraction of `scale`.
+        Allowed difference as a fraction of `scale`, below 1; at 0 the numbers must be identical.
     scale : array_like, optional
         Defaults to ``|formula|``.
 
@@ -183,7 +183,7 @@ def exact(
     ClaimError
         After showing the row, if they differ.
     ValueError
-        If a figure is NaN or infinite, shapes differ or the scale is 0.
+        If a figure is NaN or infinite, shapes differ, the scale is 0 or `rtol` lies outside [0, 1).
     """
     _show(check_exact(id, formula, computed, rtol=rtol, scale=scale, case=case))
 
@@ -301,6 +301,8 @@ def check_exact(
 ) -> Claim:
     """Return what :func:`exact` would show."""
     _require_id(id)
+    if not 0 <= rtol < 1:
+        raise ValueError(f"rtol must lie in [0, 1), got {rtol}")
     formula, computed = _finite("formula", formula), _finite("computed", computed)
     _require_shape("computed", computed.shape, formula.shape)
     scale = _require_scale(np.abs(formula) if scale is None else scale, formula.shape)
@@ -311,9 +313,11 @@ def check_exact(
     shown = np.unravel_index(at, relative.shape)
     where = "" if passed else _where(shown, None)
     signs = ("=", "equal") if passed else ("≠", "not equal")
-    row = f"{_entries(relative, where)}{formula[shown]:.5g} {signs[0]} {computed[shown]:.5g}  {signs[1]} to {rtol:.0e}"
+    tolerance = f" to {rtol:.0e}" if rtol else ""
+    row = f"{_entries(relative, where)}{formula[shown]:.5g} {signs[0]} {computed[shown]:.5g}  {signs[1]}{tolerance}"
     problems = [] if passed else [f"two computations{where} differ by {percent(relative.max())}"]
-    sentence = f"Two independent computations agree, to {-math.log10(rtol):.0f} digits."
+    precision = f"to {-math.log10(rtol):.0f} digits" if rtol else "to the last bit"
+    sentence = f"Two independent computations agree, {precision}."
     figures = {"formula": _plain(formula), "computed": _plain(computed), "rtol": rtol, "shown": at}
     return Claim(id, case, "exact", row, sentence, figures, problems)
 

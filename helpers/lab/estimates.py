@@ -5,8 +5,9 @@ where the samples are, and returns an :class:`Estimate`. All standard errors com
 is, to first order, the mean of one number per sample.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -17,9 +18,12 @@ import torch
 LINEAR_OVER_QUADRATIC = 50
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Estimate:
     """An estimated number, or array of numbers, with standard errors.
+
+    It prints as value ± standard error, the latter with two digits if they are below 36 and else with one, the value
+    to the same decimal: the rule of the Particle Data Group. Two estimates are equal if all their figures are.
 
     Parameters
     ----------
@@ -34,6 +38,13 @@ class Estimate:
     ------
     ValueError
         If a figure is NaN or infinite, a standard error negative, n below 2, or a shape does not fit `value`.
+
+    Examples
+    --------
+    >>> Estimate(value=148.3, stderr=7.9, n=4000, skewness=0.1)
+    148 ± 8 (n = 4,000)
+    >>> Estimate(value=[0.1372, -2.5], stderr=[0.0123, 0.04], n=400, skewness=0.1)
+    [0.137 ± 0.012, -2.50 ± 0.04] (n = 400)
     """
 
     value: np.ndarray
@@ -56,6 +67,18 @@ class Estimate:
             raise ValueError(f"stderr must not be negative, got {self.stderr}")
         if (self.n < 2).any():
             raise ValueError(f"n must be at least 2, got {self.n}")
+
+    def __repr__(self) -> str:
+        entries = [_rounded(*pair) for pair in zip(self.value.flat, self.stderr.flat, strict=True)]
+        figures = np.array(entries, dtype=object).reshape(self.value.shape)
+        shown = np.array2string(figures, separator=", ", threshold=12, formatter={"object": str})
+        low, high = (f"{n:,.0f}" for n in (self.n.min(initial=math.inf), self.n.max(initial=0)))
+        return f"{shown} (n = {low if low == high else f'{low} to {high}'})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and all(
+            np.array_equal(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)
+        )
 
     @property
     def asymmetry(self) -> np.ndarray:
@@ -240,8 +263,22 @@ def stack(estimates: Sequence[Estimate]) -> Estimate:
     shapes = {estimate.value.shape for estimate in estimates}
     if len(shapes) != 1:
         raise ValueError(f"estimates to stack must have one shape, got {sorted(shapes)}")
-    fields = ("value", "stderr", "n", "skewness")
-    return kinds.pop()(*(np.stack([getattr(estimate, field) for estimate in estimates]) for field in fields))
+    return kinds.pop()(
+        *(np.stack([getattr(estimate, field.name) for estimate in estimates]) for field in fields(Estimate))
+    )
+
+
+def _rounded(value: float, stderr: float) -> str:
+    """Write value ± standard error with the digits that the standard error leaves, and a common power of ten."""
+    if stderr == 0:
+        return f"{value:g} ± 0"
+    exponent = math.floor(math.log10(max(abs(value), stderr)))
+    if not -5 < exponent < 6:
+        return f"({_rounded(value / 10.0**exponent, stderr / 10.0**exponent)})e{exponent:+03d}"
+    leading = math.floor(math.log10(stderr))
+    decimals = (1 if stderr < 3.55 * 10.0**leading else 0) - leading
+    figures = (round(figure, decimals) for figure in (value, stderr))
+    return " ± ".join(f"{figure:,.{max(decimals, 0)}f}" for figure in figures)
 
 
 def _as_samples(samples: torch.Tensor | np.ndarray) -> torch.Tensor:
