@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-import book_promises
 import pytest
+
+from tests import book_promises
 
 ROOT = Path(__file__).parents[1]
 CHAPTER = "book/part/chapter.ipynb"

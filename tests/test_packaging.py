@@ -3,9 +3,10 @@
 from importlib import metadata
 from pathlib import Path
 
-import book_promises
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests import book_promises
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,17 +11,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from another_device import (
-    LooksAtValues,
-    OtherGenerator,
-    WrongDevice,
-    elsewhere,
-    on_the_cpu,
-    run_by_values,
-    run_elsewhere,
-    run_model_elsewhere,
-)
-from cases import BY_VALUES, CHOOSE_THE_DEVICE, ELSEWHERE, MODELS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 
@@ -31,6 +20,17 @@ from helpers.lab.datasets import Split, augment
 from helpers.lab.models import mlp
 from helpers.lab.training import train
 from helpers.minibatch_loss import iid_losses, iid_variance
+from tests.any_device.another_device import (
+    LooksAtValues,
+    OtherGenerator,
+    WrongDevice,
+    elsewhere,
+    on_the_cpu,
+    run_by_values,
+    run_elsewhere,
+    run_model_elsewhere,
+)
+from tests.any_device.cases import BY_VALUES, CHOOSE_THE_DEVICE, ELSEWHERE, MODELS
 
 # FakeTensorMode itself calls it.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

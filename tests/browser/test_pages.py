@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
-from conftest import HTML, PHONE, WIDE
+
+from tests.browser.conftest import HTML, PHONE, WIDE
 
 ROOT = Path(__file__).parents[2]
 TOC = (ROOT / "_toc.yml").read_text(encoding="utf-8")
