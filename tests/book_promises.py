@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from helpers.lab.ledger import stored_claims
+from helpers.lab.reading import length_of
 
 FORBIDDEN_IMPORTS = {"random", "secrets", "time", "datetime"}
 FORBIDDEN_CALLS = {"manual_seed", "seed", "default_rng", "RandomState", "initial_seed", "Generator", "cuda", "mps"}
@@ -19,6 +20,11 @@ FORBIDDEN_KEYWORDS = {"seed", "random_state"}
 DEVICE_NAME = re.compile(r"(cpu|cuda(:\d+)?|mps)")
 # runtime is where seeds and devices come from; reseed draws the seeds that it hands to runtime.
 EXEMPT = {"helpers/lab/runtime.py", "helpers/lab/reseed.py"}
+
+
+MOST_WORDS, MOST_LINES, MOST_LINES_A_SECTION = 3_000, 150, 15
+# Chapters that still have to be shortened: the set only shrinks.
+UNREVISED = {"minibatch_loss", "gradient_noise", "initialization"}
 
 
 def notebooks(root):
@@ -250,6 +256,41 @@ def forbidden(code):
             yield f"names the device {node.value!r}"
 
 
+def revised_chapters(root):
+    for path, cells in notebooks(root):
+        if path.stem not in UNREVISED | {"ledger"} and path.parent.name != "practice":
+            yield path, cells
+
+
+def long_stories(root):
+    """Every chapter is short to read: so many words outside exercises, so many lines of code that are not folded."""
+    problems = []
+    for path, cells in revised_chapters(root):
+        length = length_of(cells)
+        lines = sum(length.visible.values())
+        if length.words > MOST_WORDS:
+            problems.append(f"{place(root, path)}: {length.words} words, at most {MOST_WORDS}")
+        if lines > MOST_LINES:
+            problems.append(f"{place(root, path)}: {lines} visible lines of code, at most {MOST_LINES}")
+        problems += [
+            f"{place(root, path)}: {count} visible lines in the section {section!r}, at most {MOST_LINES_A_SECTION}"
+            for section, count in length.visible.items()
+            if count > MOST_LINES_A_SECTION
+        ]
+    return problems
+
+
+def unlabeled_folds(root):
+    """Every cell that is folded away says what it holds, in a comment in its first line."""
+    return [
+        f"{place(root, path, number, cell)}: a folded cell must begin with a comment that says what it holds"
+        for path, cells in revised_chapters(root)
+        for number, cell in enumerate(cells)
+        if {"hide-input", "hide-cell"} & set(cell["metadata"].get("tags", []))
+        if not re.match(r"# *\w", source(cell))
+    ]
+
+
 def constraints(root):
     lines = (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
@@ -297,4 +338,6 @@ PROMISES = (
     unmapped_sources,
     missing_errata,
     hidden_state,
+    long_stories,
+    unlabeled_folds,
 )

@@ -262,6 +262,39 @@ def test_what_only_looks_like_hidden_state_passes(root, code):
     assert book_promises.hidden_state(root) == []
 
 
+def lines(count):
+    return "x\n" * count
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([markdown_cell("word " * 3_001)], "3001 words, at most 3000"),
+        ([code_cell(lines(16), 1)], "16 visible lines in the section '', at most 15"),
+        (
+            [cell for k in range(11) for cell in (markdown_cell(f"## {k}"), code_cell(lines(14), k))],
+            "154 visible lines of code, at most 150",
+        ),
+    ],
+)
+def test_a_long_story_is_noticed(root, cells, message):
+    write_chapter(root, cells)
+    assert the_problem(book_promises.long_stories, root) == f"{CHAPTER}: {message}"
+
+
+def test_a_story_may_be_as_long_as_its_limits(root):
+    sections = [cell for k in range(10) for cell in (markdown_cell(f"## {k}"), code_cell(lines(15), k))]
+    write_chapter(root, [markdown_cell("word " * 3_000), *sections])
+    assert book_promises.long_stories(root) == []
+
+
+@pytest.mark.parametrize("tag", ["hide-input", "hide-cell"])
+def test_a_fold_that_does_not_say_what_it_holds_is_noticed(root, tag):
+    write_chapter(root, [code_cell("# Code: figure 1\ndraw()", 1, tags=[tag]), code_cell("draw()", 2, tags=[tag])])
+    problem = the_problem(book_promises.unlabeled_folds, root)
+    assert problem == f"{CHAPTER} cell 1 (code): a folded cell must begin with a comment that says what it holds"
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [

@@ -16,24 +16,70 @@ FIGURE = '<div class="slider-figure"><script type="application/json">{}</script>
 ADDRESS = "https://github.com/owner/repository"
 
 
-def notebook(*outputs):
-    cell = new_code_cell("answer = f(1)", execution_count=1, outputs=[new_output("display_data", x) for x in outputs])
+CLAIM = '<details class="claim claim-passed"><summary>It holds.</summary></details>'
+DEEPER = "Text.\n\n```{dropdown} Going deeper\nMore words.\n```"
+EXERCISE = """```{exercise-start} Easy
+:label: easy
+```
+Do it.
+```{exercise-end}
+```
+
+```{solution-start} easy
+:class: dropdown
+```
+Done.
+```{solution-end}
+```"""
+
+
+def code_cell(source, *outputs, tag=None):
+    shown = [new_output("display_data", output) for output in outputs]
+    metadata = {"tags": [tag]} if tag else {}
+    return new_code_cell(source, execution_count=1, outputs=shown, metadata=metadata)
+
+
+def notebook(*cells):
     language = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
-    return new_notebook(cells=[new_markdown_cell("# A chapter"), cell], metadata=language)
+    return new_notebook(cells=list(cells), metadata=language)
+
+
+def chapter_with_folds():
+    return notebook(
+        new_markdown_cell("# Folds\n\n*Prerequisites:* none.\n\nA story begins."),
+        code_cell("# Code: a law\na = 1", tag="hide-input"),
+        code_cell("glue(a)", tag="remove-input"),
+        code_cell("# Check: the law\nb = 2", {"text/html": CLAIM}, tag="hide-input"),
+        code_cell("# Check: the law\nc = 3", {"text/html": CLAIM}, tag="hide-input"),
+        code_cell("# Code: figure <1>\nd = 4", {"text/plain": "FIGURE 1"}, tag="hide-input"),
+        code_cell("# Code: figure 2\ne = 5", {"text/plain": "FIGURE 2"}, tag="hide-input"),
+        code_cell("f = 6", {"text/plain": "OPEN"}),
+        code_cell("g = 7", tag="hide-input"),
+        new_markdown_cell(DEEPER),
+        code_cell("# Check: deep\nh = 8", {"text/plain": "DEEP"}, tag="hide-cell"),
+        new_markdown_cell("Text."),
+        code_cell("# All\ni = 9", {"text/plain": "ALL"}, tag="hide-cell"),
+        new_markdown_cell(EXERCISE),
+    )
 
 
 def build(folder, address=""):
-    """Build a book of three pages with the configuration and the extension of ours."""
+    """Build a book of four pages with the configuration and the extension of ours."""
     for part in ("_ext", "_static", "_templates", "images"):
         shutil.copytree(ROOT / "book" / part, folder / "book" / part)
     shutil.copyfile(ROOT / "book/references.bib", folder / "book/references.bib")
     config = (ROOT / "_config.yml").read_text(encoding="utf-8")
     assert config.count('url: ""') == 1
     (folder / "_config.yml").write_text(config.replace('url: ""', f'url: "{address}"'), encoding="utf-8")
-    (folder / "_toc.yml").write_text("format: jb-book\nroot: book/index\nchapters:\n- file: book/a\n- file: book/b\n")
+    (folder / "_toc.yml").write_text(
+        "format: jb-book\nroot: book/index\nchapters:\n- file: book/a\n- file: book/b\n- file: book/folds\n"
+    )
     (folder / "book/index.md").write_text("# A book\n\nLet $x>0$, and $y$ too.\n\n```{tip}\nLook up.\n```\n")
-    nbformat.write(notebook({"text/html": FIGURE, "text/plain": "A figure"}), folder / "book/a.ipynb")
-    nbformat.write(notebook(), folder / "book/b.ipynb")
+    title, call = new_markdown_cell("# A chapter"), "answer = f(1)"
+    figure = {"text/html": FIGURE, "text/plain": "A figure"}
+    nbformat.write(notebook(title, code_cell(call, figure)), folder / "book/a.ipynb")
+    nbformat.write(notebook(title, code_cell(call)), folder / "book/b.ipynb")
+    nbformat.write(chapter_with_folds(), folder / "book/folds.ipynb")
     jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
     command = [jupyter_book, "build", str(folder), "-W", "-n", "--keep-going"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -109,3 +155,46 @@ def test_icons_of_the_pages_are_there_and_the_others_are_gone(private):
     assert 0xF0EB in drawn
     assert "woff2" not in css
     assert len(drawn) < 100
+
+
+@pytest.fixture(scope="module")
+def folds(private):
+    """What each fold of the page says and holds, and the page without its folds."""
+    page = re.sub(r"</?span[^>]*>", "", text_of(private, "folds.html"))
+    fold = re.compile(r'<details class="fold"><summary>(.*?)</summary>(.*?)</details>', re.DOTALL)
+    return fold.findall(page), fold.sub("FOLD", page)
+
+
+def test_a_fold_says_what_it_holds_and_consecutive_ones_are_one(folds):
+    labels = [label for label, _ in folds[0]]
+    first = "Code: a law · Check: the law · Code: figure &lt;1&gt;"
+    assert labels == [first, "Code: figure 2", "Code", "All"]
+
+
+def test_folded_code_is_complete_and_can_be_copied(folds):
+    contents = [content for _, content in folds[0]]
+    letters = [re.findall(r"\b([a-z]) = \d", content) for content in contents]
+    assert letters == [["a", "b", "c", "d"], ["e"], ["g"], ["i"]]
+    assert all('class="highlight-' in content for content in contents)
+
+
+def test_what_folded_code_shows_stands_behind_it_in_order(folds):
+    order = re.findall(r"FOLD|It holds|FIGURE \d|OPEN|DEEP|ALL", folds[1])
+    assert order == ["FOLD", *["It holds"] * 2, "FIGURE 1", "FOLD", "FIGURE 2", "OPEN", "FOLD", "DEEP", "FOLD"]
+    assert "ALL" in folds[0][-1][1]
+
+
+def test_a_hidden_cell_behind_a_dropdown_goes_into_it(folds):
+    (deeper,) = re.findall(r'<details class="[^"]*sd-dropdown.*?</details>', folds[1], re.DOTALL)
+    assert re.search(r"Going deeper.*More words.*# Check: deep\nh = 8.*DEEP", deeper, re.DOTALL)
+
+
+def test_a_chapter_states_its_reading_times(folds):
+    assert "<em>Reading time:</em> 5 minutes for the story, 5 with the code.</p>" in folds[1]
+
+
+def test_the_header_of_a_solution_only_toggles(folds):
+    header = re.search(
+        r'class="solution dropdown admonition".*?<p class="admonition-title">(.*?)</p>', folds[1], re.DOTALL
+    )
+    assert header[1] == "Solution"

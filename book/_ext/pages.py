@@ -5,12 +5,17 @@ copied into the finished book here, and scripts that ask a CDN are dropped.
 """
 
 import importlib.resources
+import json
 import re
 import shutil
 from pathlib import Path
 
+from docutils import nodes
+from folds import FoldCells, depart_fold, fold, visit_fold
 from icons import trim_icons
 from plotly.offline import get_plotlyjs
+
+from helpers.lab.reading import length_of
 
 MATHJAX = (
     importlib.resources.files("sphinx-mathjax-offline") / "static" / "mathjax"
@@ -45,6 +50,24 @@ def offer_repository(app, config):
     """Turn on the buttons that need the repository, if its address is known."""
     if config.html_theme_options.get("repository_url"):
         config.html_theme_options.update(REPOSITORY_BUTTONS)
+
+
+def show_reading_times(app, doctree):
+    """Add to a chapter's line of prerequisites how long story and code take."""
+    source = Path(app.env.doc2path(app.env.docname))
+    paragraph = next(doctree.findall(nodes.paragraph), nodes.paragraph())
+    if source.suffix != ".ipynb" or not paragraph.astext().startswith(
+        "Prerequisites"
+    ):
+        return
+    length = length_of(json.loads(source.read_text(encoding="utf-8"))["cells"])
+    story, workbench = length.story, length.workbench
+    times = f" {story} minutes for the story, {workbench} with the code."
+    paragraph += [
+        nodes.Text(" "),
+        nodes.emphasis(text="Reading time:"),
+        nodes.Text(times),
+    ]
 
 
 def choose_scripts(app, pagename, templatename, context, doctree):
@@ -99,7 +122,10 @@ def copy_scripts(app, exception):
 
 def setup(app):
     app.connect("config-inited", offer_repository)
+    app.connect("doctree-read", show_reading_times)
     app.connect("html-page-context", choose_scripts, priority=900)
     app.connect("html-page-context", polish_text, priority=900)
     app.connect("build-finished", copy_scripts)
+    app.add_node(fold, html=(visit_fold, depart_fold))
+    app.add_post_transform(FoldCells)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

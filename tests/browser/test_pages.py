@@ -249,7 +249,7 @@ def test_sliders_change_what_the_figure_shows(page):
 
 @of_the_chapter
 def test_claims_solutions_and_cells_open_by_keyboard(page):
-    for summary in ("details.claim > summary", "details.hide > summary", "details.sd-dropdown > summary"):
+    for summary in ("details.claim > summary", "details.fold > summary", "details.sd-dropdown > summary"):
         first = page.locator(summary).first
         first.focus()
         page.keyboard.press("Enter")
