@@ -2,8 +2,8 @@
 
 A code cell with the tag ``hide-input`` is folded; its label is the comment in its
 first line. Folded cells that follow each other, with nothing but rows of claims
-between them, are one fold, and the rows stand behind it. With the tag ``hide-cell``
-outputs are folded as well; behind a dropdown, such cells go into it.
+between them, are one fold, and the rows stand behind it. With ``hide-cell`` outputs
+are folded as well; behind a dropdown, such cells go into it.
 """
 
 import html
@@ -98,7 +98,7 @@ def _move(run, container):
 
 
 def _fold(run):
-    """Put the code of all cells, perhaps with outputs, into a fold in the first."""
+    """Put the code of all cells, perhaps with outputs, into one fold."""
     head, *others = run
     labels = dict.fromkeys(filter(None, map(_label_of, run)))
     folded, output = fold(label=" · ".join(labels) or UNLABELED), []
