@@ -1,0 +1,25 @@
+"""The examples in docstrings run and print what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import helpers
+
+MODULES = [importlib.import_module(name) for _, name, _ in pkgutil.walk_packages(helpers.__path__, "helpers.")]
+EXAMPLES = {
+    test.name: test
+    for module in MODULES
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs={"__name__": "example"})
+    if test.examples
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_prints_what_it_says(name):
+    report = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    runner.run(EXAMPLES[name], out=report.append)
+    assert not runner.failures, "".join(report)
