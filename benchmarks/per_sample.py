@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.timing import Call, Race, require_equal
-from helpers.gradient_noise import per_sample_gradients, per_sample_squared_norms
 from helpers.lab import generator, models, seeded
+from helpers.lab.gradients import per_sample_gradients, per_sample_squared_norms
 
 SIZES = (64, 256, 256, 10)
 EXAMPLES = 256

@@ -8,7 +8,6 @@ import copy
 import itertools
 import math
 import re
-import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -20,7 +19,6 @@ from scipy import optimize, stats
 from torch import nn
 from torch.nn import functional
 
-from helpers import gradient_noise
 from helpers.gradient_noise import (
     batch_excess_kurtosis,
     batch_noise,
@@ -28,19 +26,25 @@ from helpers.gradient_noise import (
     expected_squared_norm,
     finite_population_correction,
     finite_population_variance,
-    flatten,
     gradient_noise_scale,
-    mean_gradient,
     noise_scale,
-    per_sample_gradients,
-    per_sample_squared_norms,
     sample_batches,
     shuffled_epochs,
     successive_correlation,
     two_batch_noise_scale,
     with_replacement_variance,
 )
-from helpers.lab.runtime import generator, rng, seeded
+from helpers.lab.runtime import generator, rng
+from tests.small_networks import (
+    COUPLED,
+    LOSSES,
+    build,
+    examples,
+    far_examples,
+    frozen,
+    looped_matrix,
+    perceptron,
+)
 
 FALSE_ALARM = 1e-6
 # Skewed, and without symmetry that could hide a wrong constant.
@@ -480,674 +484,18 @@ def test_noises_of_an_epoch_sum_to_zero():
     assert batch_noise(gradients, epochs).sum(1).abs().max() < 1e-13
 
 
-# Gradients of single examples
-
-
-class Tied(nn.Module):
-    """Has two layers that share a weight."""
-
-    def __init__(self, one=nn.Linear):
-        super().__init__()
-        self.one, self.other = one(4, 4), nn.Linear(4, 4)
-        self.other.weight = self.one.weight
-
-    def forward(self, x):
-        return self.other(torch.tanh(self.one(x)))
-
-
-class TiedToEmbedding(Tied):
-    """Shares its weight with an embedding that it does not apply."""
-
-    def __init__(self):
-        super().__init__(nn.Embedding)
-
-    def forward(self, x):
-        return self.other(x)
-
-
-class Embedded(nn.Module):
-    """Averages the embeddings of a sentence of integers."""
-
-    def __init__(self):
-        super().__init__()
-        self.words, self.head = nn.Embedding(7, 3), nn.Linear(3, 4)
-
-    def forward(self, x):
-        return self.head(self.words(x).mean(1))
-
-
-class Tokens(Embedded):
-    """Applies a linear layer to every word of a sentence, so that its gradient is a sum of outer products."""
-
-    def __init__(self):
-        super().__init__()
-        self.each = nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.each(self.words(x))).mean(1))
-
-
-class Buffered(nn.Module):
-    """Standardizes its inputs by fixed statistics, which are buffers."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("center", torch.linspace(-1, 1, 4))
-        self.head = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.head((x - self.center).square())
-
-
-class PartlyUsed(nn.Module):
-    """Has a parameter that no output depends on."""
-
-    def __init__(self):
-        super().__init__()
-        self.unused = nn.Parameter(torch.ones(2, 3))
-        self.head = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.head(x)
-
-
-class Scaled(nn.Module):
-    """Has a trainable temperature, a parameter without dimensions."""
-
-    def __init__(self):
-        super().__init__()
-        self.head, self.scale = nn.Linear(4, 4), nn.Parameter(torch.tensor(1.5))
-
-    def forward(self, x):
-        return self.scale * self.head(x)
-
-
-def perceptron(activation=nn.ReLU, bias=True):
-    return nn.Sequential(
-        nn.Linear(4, 6, bias=bias), activation(), nn.Linear(6, 5, bias=bias), activation(), nn.Linear(5, 4, bias=bias)
-    )
-
-
-def frozen(model, *names):
-    for name in names:
-        model.get_parameter(name).requires_grad_(False)
-    return model
-
-
-def convolutional():
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4))
-
-
-def trained_batch_norm():
-    """Return a network whose running statistics are those of other data."""
-    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
-    model(3 * torch.randn(50, 4) + 1)
-    return model.eval()
-
-
-MODELS = {
-    "perceptron": perceptron,
-    "perceptron in evaluation mode": lambda: perceptron().eval(),
-    "one layer": lambda: nn.Linear(4, 4),
-    "convolution and group norm": convolutional,
-    "layer norm": lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 4)),
-    "tied weights": Tied,
-    "embedding": Embedded,
-    "layer applied to every word": Tokens,
-    "frozen parameters": lambda: frozen(perceptron(), "0.weight", "2.bias"),
-    "buffers": Buffered,
-    "unused parameter": PartlyUsed,
-    "dropout in evaluation mode": lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)).eval(),
-    "batch norm in evaluation mode": trained_batch_norm,
-}
-LOSSES = {
-    "cross entropy": functional.cross_entropy,
-    "cross entropy, summed": nn.CrossEntropyLoss(reduction="sum"),
-    "cross entropy, not reduced": nn.CrossEntropyLoss(reduction="none"),
-    "squared error": functional.mse_loss,
-    "squared error, summed": nn.MSELoss(reduction="sum"),
-    "squared error, not reduced": nn.MSELoss(reduction="none"),
-}
-
-
-def build(constructor, dtype=torch.float64):
-    with seeded("test.gradient_noise.model"):
-        return constructor().to(dtype)
-
-
-def build_named(name, dtype=torch.float64):
-    return build(MODELS[name], dtype)
-
-
-def examples(model, loss="cross entropy", n=7):
-    """Return inputs and targets of the kinds that model and loss take."""
-    draws = rng("test.gradient_noise.examples")
-    dtype = next(model.parameters()).dtype
-    modules = list(model.modules())
-    if isinstance(model, Embedded):
-        inputs = torch.as_tensor(draws.integers(7, size=(n, 5)))
-    elif any(isinstance(module, nn.Conv2d) for module in modules):
-        inputs = torch.as_tensor(draws.standard_normal((n, 1, 4, 4))).to(dtype)
-    else:
-        inputs = torch.as_tensor(draws.standard_normal((n, 4))).to(dtype)
-    if loss.startswith("cross entropy"):
-        return inputs, torch.as_tensor(draws.integers(4, size=n))
-    return inputs, torch.as_tensor(draws.standard_normal((n, 4))).to(dtype)
-
-
-def looped_gradients(model, loss, inputs, targets):
-    """Return the gradients of single examples by one backward pass each, on a copy of the model."""
-    model = copy.deepcopy(model)
-    rows = {name: [] for name, p in model.named_parameters() if p.requires_grad}
-    for x, y in zip(inputs, targets, strict=True):
-        model.zero_grad()
-        loss(model(x.unsqueeze(0)), y.unsqueeze(0)).sum().backward()
-        for name in rows:
-            p = model.get_parameter(name)
-            rows[name].append(torch.zeros_like(p) if p.grad is None else p.grad.clone())
-    return {name: torch.stack(gradients) for name, gradients in rows.items()}
-
-
-def looped_matrix(model, loss, inputs, targets):
-    """Return :func:`looped_gradients` as an array of one row an example, in the order of ``model.parameters()``."""
-    looped = looped_gradients(model, loss, inputs, targets)
-    rows = [torch.nn.utils.parameters_to_vector([g[k] for g in looped.values()]) for k in range(len(inputs))]
-    return torch.stack(rows).numpy()
-
-
-def assert_same(found, expected, **tolerance):
-    assert list(found) == list(expected)
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name], **{"rtol": 1e-10, "atol": 1e-12, **tolerance})
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_per_sample_gradients_equal_one_backward_pass_an_example(name):
-    model = build_named(name)
-    data = examples(model)
-    found = per_sample_gradients(model, functional.cross_entropy, *data)
-    assert_same(found, looped_gradients(model, functional.cross_entropy, *data))
-
-
-@pytest.mark.parametrize("chunk_size", [None, 3])
-@pytest.mark.parametrize("name", MODELS)
-def test_large_per_sample_gradients_equal_one_backward_pass_an_example(name, chunk_size, monkeypatch):
-    # Large gradients are multiplied in another way; here all are large.
-    monkeypatch.setattr(gradient_noise, "LARGE_GRADIENTS", 1)
-    model = build_named(name)
-    data = examples(model)
-    found = per_sample_gradients(model, functional.cross_entropy, *data, chunk_size=chunk_size)
-    assert_same(found, looped_gradients(model, functional.cross_entropy, *data))
-
-
-def test_large_per_sample_gradients_of_single_precision_stay_single(monkeypatch):
-    monkeypatch.setattr(gradient_noise, "LARGE_GRADIENTS", 1)
-    model = build(perceptron, torch.float32)
-    data = examples(model)
-    found = per_sample_gradients(model, functional.cross_entropy, *data)
-    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    assert_same(found, looped_gradients(model, functional.cross_entropy, *data), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_per_sample_gradients_are_those_of_the_loss_of_one_example(name):
-    model = build(perceptron)
-    data = examples(model, name)
-    assert_same(per_sample_gradients(model, LOSSES[name], *data), looped_gradients(model, LOSSES[name], *data))
-
-
-def test_reduction_makes_no_difference_to_per_sample_gradients():
-    model = build(perceptron)
-    data = examples(model)
-    mean, total, each = (per_sample_gradients(model, LOSSES[name], *data) for name in list(LOSSES)[:3])
-    assert_same(total, mean)
-    assert_same(each, mean)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_mean_and_sum_of_per_sample_gradients_belong_to_mean_and_sum_of_the_losses(reduction):
-    model = build(perceptron)
-    inputs, targets = examples(model)
-    functional.cross_entropy(model(inputs), targets, reduction=reduction).backward()
-    rows = per_sample_gradients(model, functional.cross_entropy, inputs, targets)
-    reduced = {name: getattr(row, reduction)(0) for name, row in rows.items()}
-    assert_same(reduced, {name: p.grad for name, p in model.named_parameters()})
-
-
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 6, 7, 100])
-def test_chunks_make_no_difference_to_per_sample_gradients(chunk_size):
-    # 7 examples: 1 and 7 divide them, 2, 3 and 6 do not.
-    model = build(convolutional)
-    data = examples(model)
-    found = per_sample_gradients(model, functional.cross_entropy, *data, chunk_size=chunk_size)
-    assert_same(found, looped_gradients(model, functional.cross_entropy, *data))
-
-
-@pytest.mark.parametrize(("chunk_size", "calls"), [(None, 1), (1, 7), (3, 3), (7, 1)])
-def test_per_sample_gradients_treat_a_chunk_at_once(chunk_size, calls):
-    counted = []
-
-    def counting(predictions, targets):
-        counted.append(1)
-        return functional.cross_entropy(predictions, targets)
-
-    model = build(perceptron)
-    per_sample_gradients(model, counting, *examples(model), chunk_size=chunk_size)
-    assert len(counted) == calls
-
-
-def test_one_example_has_a_per_sample_gradient():
-    model = build(perceptron)
-    data = examples(model, n=1)
-    found = per_sample_gradients(model, functional.cross_entropy, *data)
-    assert_same(found, looped_gradients(model, functional.cross_entropy, *data))
-
-
-def identical_inputs_through_dropout(training, chunk_size):
-    model = build(lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(60, 1, bias=False)))
-    model.train(training)
-    inputs = torch.ones(8, 60, dtype=torch.float64)
-    with seeded("test.gradient_noise.dropout"):
-        found = per_sample_gradients(model, functional.l1_loss, inputs, inputs[:, :1] + 100, chunk_size=chunk_size)
-    return found["1.weight"][:, 0]  # (8, 60), ∓ the mask
-
-
-@pytest.mark.parametrize("chunk_size", [None, 1, 3])
-def test_dropout_draws_a_mask_for_each_example(chunk_size):
-    # Two masks of 60 coins are equal with probability 2⁻⁶⁰.
-    masks = -identical_inputs_through_dropout(True, chunk_size)
-    assert set(masks.flatten().tolist()) == {0.0, 2.0}
-    assert len({tuple(mask) for mask in masks.tolist()}) == 8
-
-
-def test_dropout_in_evaluation_mode_draws_no_mask():
-    assert (identical_inputs_through_dropout(False, None) == -1).all()
-
-
-CALLS = {
-    "per_sample_gradients": per_sample_gradients,
-    "mean_gradient": mean_gradient,
-    "per_sample_squared_norms": per_sample_squared_norms,
-    "gradient_noise_scale": gradient_noise_scale,
-}
-
-
-def far_examples():
-    """Return examples of one class only, whose gradients nearly agree, so that their noise scale is small."""
-    draws = rng("test.gradient_noise.far")
-    return torch.as_tensor(0.1 * draws.standard_normal((40, 4)) + 1), torch.zeros(40, dtype=torch.int64)
-
-
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("call", CALLS)
-def test_gradients_leave_the_model_alone(call, training):
+def test_noise_scale_leaves_the_model_alone(training):
     model = build(lambda: nn.Sequential(nn.Dropout(0.0), frozen(perceptron(), "2.bias"))).train(training)
     for k, p in enumerate(model.parameters()):
         p.grad = torch.full_like(p, k) if p.requires_grad else None
     before = copy.deepcopy(model)  # without .grad
-    CALLS[call](model, functional.cross_entropy, *far_examples())
+    gradient_noise_scale(model, functional.cross_entropy, *far_examples())
     for k, (p, old) in enumerate(zip(model.parameters(), before.parameters(), strict=True)):
         assert torch.equal(p, old)
         assert p.requires_grad == old.requires_grad
         assert (p.grad == k).all() if p.requires_grad else p.grad is None
     assert [module.training for module in model.modules()] == [training] * len(list(model.modules()))
-
-
-@pytest.mark.parametrize("call", ["per_sample_gradients", "mean_gradient", "per_sample_squared_norms"])
-def test_gradients_are_found_where_gradients_are_switched_off(call):
-    model = build(perceptron)
-    data = far_examples()
-    expected = CALLS[call](model, functional.cross_entropy, *data)
-    with torch.no_grad():
-        found = CALLS[call](model, functional.cross_entropy, *data)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("call", ["per_sample_gradients", "mean_gradient", "per_sample_squared_norms"])
-def test_gradients_carry_no_graph(call):
-    # A graph would keep the activations of all examples in memory.
-    found = CALLS[call](build(perceptron), functional.cross_entropy, *far_examples())
-    assert not any(g.requires_grad for g in (found.values() if isinstance(found, dict) else [found]))
-
-
-@pytest.mark.parametrize("name", ["perceptron", "frozen parameters", "tied weights", "convolution and group norm"])
-def test_flatten_keeps_the_order_of_the_parameters(name):
-    model = build_named(name)
-    data = examples(model)
-    found = flatten(per_sample_gradients(model, functional.cross_entropy, *data))
-    np.testing.assert_allclose(found, looped_matrix(model, functional.cross_entropy, *data), rtol=1e-9, atol=1e-12)
-
-
-def test_flatten_lays_rows_side_by_side():
-    parts = {"b": torch.arange(12).reshape(2, 3, 2), "a": torch.tensor([[100], [101]])}
-    assert flatten(parts).tolist() == [[0, 1, 2, 3, 4, 5, 100], [6, 7, 8, 9, 10, 11, 101]]
-
-
-def test_flatten_takes_a_parameter_without_dimensions():
-    model = build(Scaled)
-    data = examples(model)
-    found = flatten(per_sample_gradients(model, functional.cross_entropy, *data))
-    np.testing.assert_allclose(found, looped_matrix(model, functional.cross_entropy, *data), rtol=1e-9, atol=1e-12)
-
-
-# Squared norms without the gradients
-
-
-class NormedInput(nn.Module):
-    """Ends in something other than a linear layer, and starts with a normalization without parameters."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.layer = nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return torch.sin(self.layer(self.norm(x))) * 2
-
-
-class Branches(nn.Module):
-    """Applies two layers to one input and a third to their product, in another order than it defines them."""
-
-    def __init__(self):
-        super().__init__()
-        self.last, self.one, self.other = nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(4, 6)
-
-    def forward(self, x):
-        return self.last(self.other(x) * self.one(x))
-
-
-LINEAR_MODELS = {
-    "relu": perceptron,
-    "no biases": lambda: perceptron(bias=False),
-    "one layer": lambda: nn.Linear(4, 4),
-    "relu in place": lambda: perceptron(lambda: nn.ReLU(inplace=True)),
-    "relu in place at the end": lambda: nn.Sequential(perceptron(), nn.ReLU(inplace=True)),
-    "gelu": lambda: perceptron(nn.GELU),
-    "tanh": lambda: perceptron(nn.Tanh),
-    "no linear last layer": NormedInput,
-    "branches": Branches,
-    "frozen weight": lambda: frozen(perceptron(), "2.weight"),
-    "frozen bias": lambda: frozen(perceptron(), "2.bias"),
-    "frozen weight of the first layer": lambda: frozen(perceptron(), "0.weight"),
-    "only one bias trained": lambda: frozen(perceptron(), "0.weight", "2.weight", "2.bias", "4.weight", "4.bias"),
-    "frozen layer": lambda: frozen(perceptron(), "2.weight", "2.bias"),
-    "frozen convolution": lambda: frozen(convolutional(), "0.weight", "0.bias", "1.weight", "1.bias"),
-    "batch norm without parameters": lambda: nn.Sequential(
-        nn.Linear(4, 6), nn.BatchNorm1d(6, affine=False), nn.ReLU(), nn.Linear(6, 4)
-    ).eval(),
-    "subclass of linear": lambda: nn.Sequential(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)),
-}
-
-
-def squared_norms_by_loops(model, loss, inputs, targets):
-    return torch.as_tensor(np.square(looped_matrix(model, loss, inputs, targets)).sum(1))
-
-
-@pytest.mark.parametrize("name", LINEAR_MODELS)
-def test_squared_norms_equal_those_of_looped_gradients(name):
-    model = build(LINEAR_MODELS[name])
-    data = examples(model)
-    found = per_sample_squared_norms(model, functional.cross_entropy, *data)
-    expected = squared_norms_by_loops(model, functional.cross_entropy, *data)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_squared_norms_are_those_of_the_loss_of_one_example(name):
-    model = build(perceptron)
-    data = examples(model, name)
-    found = per_sample_squared_norms(model, LOSSES[name], *data)
-    rows = flatten(per_sample_gradients(model, LOSSES[name], *data))
-    torch.testing.assert_close(found, rows.square().sum(1), rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_squared_norms_of_few_examples(n):
-    model = build(perceptron)
-    data = examples(model, n=n)
-    found = per_sample_squared_norms(model, functional.cross_entropy, *data)
-    expected = squared_norms_by_loops(model, functional.cross_entropy, *data)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
-
-
-def test_squared_norms_of_single_precision_stay_single():
-    model = build(perceptron, torch.float32)
-    data = examples(model)
-    found = per_sample_squared_norms(model, functional.cross_entropy, *data)
-    assert found.dtype == torch.float32
-    expected = squared_norms_by_loops(model, functional.cross_entropy, *data)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
-
-
-def hooks(model):
-    return sum(len(module._forward_hooks) for module in model.modules())
-
-
-def test_squared_norms_leave_no_hooks():
-    model = build(perceptron)
-    per_sample_squared_norms(model, functional.cross_entropy, *examples(model))
-    assert hooks(model) == 0
-
-
-def test_squared_norms_leave_no_hooks_after_an_error_of_the_model():
-    model = build(perceptron)
-    inputs, targets = examples(model)
-    with pytest.raises(RuntimeError, match="shapes"):
-        per_sample_squared_norms(model, functional.cross_entropy, inputs[:, :2], targets)
-    assert hooks(model) == 0
-
-
-def test_squared_norms_leave_no_hooks_after_an_error_of_the_loss():
-    def broken(predictions, targets):
-        raise ZeroDivisionError
-
-    model = build(perceptron)
-    with pytest.raises(ZeroDivisionError):
-        per_sample_squared_norms(model, broken, *examples(model))
-    assert hooks(model) == 0
-
-
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.layer = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.layer(torch.relu(self.layer(self.first(x))))
-
-
-class Never(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head, self.idle, self.also_idle = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.head(x)
-
-
-@pytest.mark.parametrize(
-    ("constructor", "message"),
-    [
-        (convolutional, "all trainable parameters must belong to linear layers, got one of '0'"),
-        (
-            lambda: frozen(convolutional(), "0.weight", "0.bias"),
-            "all trainable parameters must belong to linear layers, got one of '1'",
-        ),
-        (MODELS["layer norm"], "all trainable parameters must belong to linear layers, got one of '1'"),
-        (PartlyUsed, "all trainable parameters must belong to linear layers, got one of ''"),
-        (Embedded, "all trainable parameters must belong to linear layers, got one of 'words'"),
-        (trained_batch_norm, "all trainable parameters must belong to linear layers, got one of '1'"),
-        (Tied, "each parameter must belong to one layer, got one shared by one and other"),
-        (TiedToEmbedding, "each parameter must belong to one layer, got one shared by one and other"),
-        (Twice, "each linear layer must be applied once, but layer is applied again"),
-        (
-            lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2),
-            "each linear layer must be applied once, but 0 is applied again",
-        ),
-        (Never, "each linear layer must be applied once, but idle is not applied"),
-        (nn.ReLU, "model must have a linear layer to train, got none"),
-        (
-            lambda: frozen(nn.Linear(4, 4), "weight", "bias"),
-            "model must have a linear layer to train, got none",
-        ),
-    ],
-)
-def test_squared_norms_refuse_models_the_trick_does_not_fit(constructor, message):
-    model = build(constructor)
-    data = examples(build(convolutional if message.endswith(("'0'",)) else perceptron))
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        per_sample_squared_norms(model, functional.cross_entropy, *data)
-    assert hooks(model) == 0
-
-
-@pytest.mark.parametrize(
-    ("constructor", "shape", "message"),
-    [
-        (lambda: nn.Linear(4, 4), (3, 5, 4), "the model needs a row for each of 3 examples, got inputs (3, 5, 4)"),
-        (perceptron, (3, 5, 4), "0 needs a row for each of 3 examples, got inputs (3, 5, 4)"),
-        (perceptron, (4,), "0 needs a row for each of 4 examples, got inputs (4,)"),
-    ],
-)
-def test_squared_norms_refuse_inputs_that_are_no_matrix(constructor, shape, message):
-    model = build(constructor)
-    inputs = torch.ones(shape, dtype=torch.float64)
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        per_sample_squared_norms(model, functional.mse_loss, inputs, inputs)
-    assert hooks(model) == 0
-
-
-def test_a_frozen_layer_may_be_applied_twice_and_to_anything():
-    model = build(lambda: nn.Sequential(frozen(Twice(), "layer.weight", "layer.bias"), nn.Linear(4, 4)))
-    data = examples(model)
-    found = per_sample_squared_norms(model, functional.cross_entropy, *data)
-    expected = squared_norms_by_loops(model, functional.cross_entropy, *data)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
-
-
-def test_frozen_parameters_may_be_shared_and_belong_to_other_layers():
-    model = build(lambda: frozen(TiedToEmbedding(), "one.weight"))
-    data = examples(model)
-    found = per_sample_squared_norms(model, functional.cross_entropy, *data)
-    expected = squared_norms_by_loops(model, functional.cross_entropy, *data)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
-
-
-class Context(nn.Module):
-    """Adds one layer's image of a constant row, which all examples share."""
-
-    def __init__(self):
-        super().__init__()
-        self.head, self.context = nn.Linear(4, 4), nn.Linear(3, 4)
-        self.register_buffer("row", torch.tensor([[1.0, -2.0, 0.5]]))
-
-    def forward(self, x):
-        return self.head(x) + self.context(self.row)
-
-
-def test_squared_norms_refuse_a_layer_applied_to_a_row_that_all_examples_share():
-    model = build(Context)
-    message = "context needs a row for each of 7 examples, got inputs (1, 3)"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        per_sample_squared_norms(model, functional.cross_entropy, *examples(model))
-    assert hooks(model) == 0
-
-
-class LowRank(nn.Linear):
-    """Adds a matrix of rank one to its weight, as a subclass with parameters of its own."""
-
-    def __init__(self):
-        super().__init__(4, 4)
-        self.down, self.up = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(4, 1))
-
-    def forward(self, x):
-        return super().forward(x) + x @ self.down.T @ self.up.T
-
-
-def reparametrized():
-    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 4))
-
-
-def reparametrized_by_hooks():
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        return nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 4))
-
-
-@pytest.mark.parametrize(
-    "constructor",
-    [reparametrized, reparametrized_by_hooks, lambda: nn.Sequential(LowRank())],
-)
-def test_squared_norms_refuse_a_linear_layer_with_other_parameters_than_weight_and_bias(constructor):
-    model = build(constructor)
-    with pytest.raises(ValueError, match=r"^all trainable parameters must belong to linear layers, got one of '0"):
-        per_sample_squared_norms(model, functional.cross_entropy, *examples(model))
-
-
-# Mean gradient
-
-
-def gradient_of_mean_loss(model, loss, inputs, targets):
-    """Return the gradient of the mean loss by one backward pass for all examples, on a copy of the model."""
-    model = copy.deepcopy(model)
-    losses = [loss(model(inputs)[k : k + 1], targets[k : k + 1]).sum() for k in range(len(inputs))]
-    (sum(losses) / len(inputs)).backward()
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_mean_gradient_equals_that_of_the_mean_loss(name):
-    model = build_named(name)
-    data = examples(model)
-    found = mean_gradient(model, functional.cross_entropy, *data)
-    assert_same(found, gradient_of_mean_loss(model, functional.cross_entropy, *data))
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_mean_gradient_is_the_mean_of_per_sample_gradients_whatever_the_reduction(name):
-    model = build(perceptron)
-    data = examples(model, name)
-    rows = looped_gradients(model, LOSSES[name], *data)
-    assert_same(mean_gradient(model, LOSSES[name], *data), {key: row.mean(0) for key, row in rows.items()})
-
-
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 6, 7, 100])
-def test_chunks_make_no_difference_to_the_mean_gradient(chunk_size):
-    model = build(convolutional)
-    data = examples(model)
-    found = mean_gradient(model, functional.cross_entropy, *data, chunk_size=chunk_size)
-    assert_same(found, gradient_of_mean_loss(model, functional.cross_entropy, *data))
-
-
-def test_mean_gradient_treats_1024_examples_at_once_unless_told_otherwise():
-    sizes = []
-
-    class Counting(nn.Linear):
-        def forward(self, x):
-            sizes.append(len(x))
-            return super().forward(x)
-
-    model = build(lambda: Counting(4, 4))
-    mean_gradient(model, functional.cross_entropy, *examples(model, n=2500))
-    assert sizes == [1024, 1024, 452]
-
-
-def test_mean_gradient_of_an_unused_parameter_is_zero():
-    model = build(PartlyUsed)
-    found = mean_gradient(model, functional.cross_entropy, *examples(model))
-    assert torch.equal(found["unused"], torch.zeros(2, 3, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(
-    ("function", "oracle"), [(per_sample_gradients, looped_gradients), (mean_gradient, gradient_of_mean_loss)]
-)
-def test_gradients_of_single_precision_stay_single(function, oracle):
-    model = build(perceptron, torch.float32)
-    data = examples(model)
-    found = function(model, functional.cross_entropy, *data)
-    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    assert_same(found, oracle(model, functional.cross_entropy, *data), rtol=1e-4, atol=1e-6)
 
 
 # The noise scale of your own network
@@ -1600,17 +948,6 @@ def test_refusals_state_the_rule_and_the_value(call, message):
         call()
 
 
-@pytest.mark.parametrize(
-    ("inputs", "targets"), [((7, 4), (6,)), ((6, 4), (7,)), ((0, 4), (0,)), ((), (7,)), ((7, 4), ()), ((), ())]
-)
-@pytest.mark.parametrize("call", ["per_sample_gradients", "mean_gradient", "per_sample_squared_norms"])
-def test_gradients_refuse_numbers_of_examples_that_differ_or_are_zero(call, inputs, targets):
-    message = f"inputs and targets must hold the same number of examples, at least 1, got shapes {inputs} and {targets}"
-    arguments = torch.ones(inputs, dtype=torch.float64), torch.ones(targets, dtype=torch.int64)
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        CALLS[call](build(perceptron), functional.cross_entropy, *arguments)
-
-
 def test_noise_scale_refuses_numbers_of_examples_that_differ():
     inputs, targets = far_examples()
     with pytest.raises(ValueError, match=re.escape("got shapes (40, 4) and (39,)")):
@@ -1618,45 +955,19 @@ def test_noise_scale_refuses_numbers_of_examples_that_differ():
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1])
-@pytest.mark.parametrize("call", ["per_sample_gradients", "mean_gradient", "gradient_noise_scale"])
-def test_gradients_refuse_chunks_without_examples(call, chunk_size):
+def test_noise_scale_refuses_chunks_without_examples(chunk_size):
     with pytest.raises(ValueError, match=f"^chunk_size must be at least 1, got {chunk_size}$"):
-        CALLS[call](build(perceptron), functional.cross_entropy, *far_examples(), chunk_size=chunk_size)
+        gradient_noise_scale(build(perceptron), functional.cross_entropy, *far_examples(), chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("call", ["per_sample_gradients", "mean_gradient", "gradient_noise_scale"])
-def test_gradients_refuse_a_model_with_nothing_to_train(call):
+def test_noise_scale_refuses_a_model_with_nothing_to_train():
     model = build(perceptron).requires_grad_(False)
     with pytest.raises(ValueError, match=r"^model must have a parameter that requires a gradient, got none$"):
-        CALLS[call](model, functional.cross_entropy, *far_examples())
-
-
-COUPLED = {
-    "in training mode": (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "1", "BatchNorm1d"),
-    "in training mode without parameters": (
-        lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False)),
-        "1",
-        "BatchNorm1d",
-    ),
-    "without running statistics": (
-        lambda: nn.Sequential(
-            nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4, affine=False, track_running_stats=False))
-        ).eval(),
-        "1.0",
-        "BatchNorm1d",
-    ),
-    "alone": (lambda: nn.BatchNorm1d(4), "the model", "BatchNorm1d"),
-    "of images": (
-        lambda: nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 4)),
-        "1",
-        "BatchNorm2d",
-    ),
-}
+        gradient_noise_scale(model, functional.cross_entropy, *far_examples())
 
 
 @pytest.mark.parametrize("name", COUPLED)
-@pytest.mark.parametrize("call", CALLS)
-def test_batch_statistics_are_refused_with_the_reason(call, name):
+def test_noise_scale_refuses_batch_statistics_with_the_reason(name):
     constructor, where, kind = COUPLED[name]
     message = (
         f"examples must not be coupled, but {where} normalizes by the statistics of its batch, so that one example "
@@ -1664,7 +975,7 @@ def test_batch_statistics_are_refused_with_the_reason(call, name):
         "or LayerNorm"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        CALLS[call](build(constructor), functional.cross_entropy, *far_examples())
+        gradient_noise_scale(build(constructor), functional.cross_entropy, *far_examples())
 
 
 # What a first round of use found
@@ -1695,23 +1006,3 @@ def test_two_batches_must_fit_into_the_population():
     norms = torch.tensor([1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="batch_size must not exceed population_size 3, got 4"):
         two_batch_noise_scale(norms, norms, small_batch_size=2, large_batch_size=4, population_size=3)
-
-
-class SideBranch(nn.Module):
-    """Computes something that its output does not need."""
-
-    def __init__(self):
-        super().__init__()
-        self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        self.unused(x)
-        return self.used(x)
-
-
-def test_a_layer_whose_output_is_not_used_adds_nothing_to_the_squared_norms():
-    model = build(SideBranch)
-    data = examples(model)
-    norms = per_sample_squared_norms(model, functional.cross_entropy, *data)
-    looped = looped_matrix(model, functional.cross_entropy, *data)
-    np.testing.assert_allclose(norms, np.square(looped).sum(1), rtol=1e-9)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from helpers import gradient_noise, initialization, minibatch_loss
-from helpers.lab import checks, claims, datasets, estimates, models, runtime, training
+from helpers.lab import checks, claims, datasets, estimates, gradients, models, runtime, training
 
 LOSSES = {"n_batches": 5, "batch_size": 4, "mean": 1.5, "std": 0.7}
 SHIFT = dict.fromkeys(signature(minibatch_loss.shared_shift_moments).parameters, 0.7)
@@ -129,11 +129,11 @@ ELSEWHERE = [
         lambda at: {"n_epochs": 5, "batch_size": 4, "population_size": 20, "generator": at.generator},
     ),
     (gradient_noise.batch_noise, lambda at: {"gradients": at.normal(20, 3), "batches": at.integers(20, 5, 4)}),
-    (gradient_noise.per_sample_gradients, problem),
-    (gradient_noise.per_sample_gradients, lambda at: problem(at) | {"chunk_size": 4}),
-    (gradient_noise.flatten, lambda at: {"gradients": {"weight": at.normal(6, 4, 3), "bias": at.normal(6, 4)}}),
-    (gradient_noise.per_sample_squared_norms, problem),
-    (gradient_noise.mean_gradient, lambda at: problem(at) | {"chunk_size": 4}),
+    (gradients.per_sample_gradients, problem),
+    (gradients.per_sample_gradients, lambda at: problem(at) | {"chunk_size": 4}),
+    (gradients.flatten, lambda at: {"gradients": {"weight": at.normal(6, 4, 3), "bias": at.normal(6, 4)}}),
+    (gradients.per_sample_squared_norms, problem),
+    (gradients.mean_gradient, lambda at: problem(at) | {"chunk_size": 4}),
     (initialization.second_moment, lambda at: {"activation": torch.tanh, "variance": 1.2}),
     (initialization.variance_map, lambda at: MAP | {"variance": 1.2}),
     (initialization.fixed_variance, lambda at: MAP | {"bias_variance": 0.1}),
