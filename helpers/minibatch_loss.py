@@ -5,23 +5,30 @@ are not independent, the same ``correlation`` (ρ) between any two. The batch lo
 """
 
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special, stats
 
-from helpers.lab.checks import require_at_least_one, require_positive
-from helpers.lab.estimates import Estimate, function_of
+from helpers.lab.checks import require_at_least_one, require_between, require_positive
+from helpers.lab.estimates import Estimate
 
 BERRY_ESSEEN_CONSTANT = 0.4748  # Shevtsova (2011), for identically distributed summands
+MIN_BATCHES = 60  # from which on the worst law tested, a shared exponential component, is covered 93 % of the time
+COVERAGE = 0.95  # of intervals
+
+FloatOrArray = float | np.ndarray
+Losses = torch.Tensor | np.ndarray | Iterable
 
 
-def iid_variance(std: float, batch_size: int) -> float:
+def iid_variance(std: FloatOrArray, batch_size: FloatOrArray) -> FloatOrArray:
     """Return the variance of the mean of independent losses, ``σ² / m``.
 
     Parameters
     ----------
-    std : float
+    std : float or array
         Standard deviation of one loss.
     batch_size : int or array of int
         Number of losses in the batch.
@@ -41,12 +48,12 @@ def iid_variance(std: float, batch_size: int) -> float:
     return std**2 / batch_size
 
 
-def equicorrelated_variance(std: float, batch_size: int, correlation: float) -> float:
+def equicorrelated_variance(std: FloatOrArray, batch_size: FloatOrArray, correlation: FloatOrArray) -> FloatOrArray:
     """Return the variance of the mean of equally correlated losses, ``σ²/m · (1 + (m-1) ρ)``.
 
     Parameters
     ----------
-    std : float
+    std : float or array
         Standard deviation of one loss.
     batch_size : int or array of int
         Number of losses in the batch.
@@ -70,14 +77,14 @@ def equicorrelated_variance(std: float, batch_size: int, correlation: float) -> 
     return std**2 / batch_size * np.where(inflation > 2 * np.finfo(np.float64).eps, inflation, 0)
 
 
-def variance_floor(std: float, correlation: float) -> float:
+def variance_floor(std: FloatOrArray, correlation: FloatOrArray) -> FloatOrArray:
     """Return what the variance of the batch loss tends to as the batch grows, ``ρ σ²``.
 
     Parameters
     ----------
-    std : float
+    std : float or array
         Standard deviation of one loss.
-    correlation : float
+    correlation : float or array
         Between any two losses of the batch, in [0, 1]: a negative one has no unlimited batch.
 
     Raises
@@ -86,11 +93,11 @@ def variance_floor(std: float, correlation: float) -> float:
         If `std` is not positive or `correlation` outside [0, 1].
     """
     require_positive(std=std)
-    _require_between("correlation", correlation, 0, 1)
+    require_between(0, 1, correlation=correlation)
     return correlation * std**2
 
 
-def smallest_correlation(batch_size: int) -> float:
+def smallest_correlation(batch_size: FloatOrArray) -> FloatOrArray:
     """Return the least correlation that any two of m variables can share, ``-1/(m-1)``; -1 for m = 1.
 
     Raises
@@ -102,7 +109,7 @@ def smallest_correlation(batch_size: int) -> float:
     return -1 / np.maximum(np.asarray(batch_size) - 1, 1)
 
 
-def effective_batch_size(batch_size: int, correlation: float) -> float:
+def effective_batch_size(batch_size: FloatOrArray, correlation: FloatOrArray) -> FloatOrArray:
     """Return how many independent losses would make the mean as precise, ``m / (1 + (m-1) ρ)``.
 
     Parameters
@@ -160,6 +167,153 @@ def required_batch_size(std: float, standard_error: float, correlation: float = 
         )
     wanted = (std**2 - floor) / (standard_error**2 - floor)
     return math.ceil(wanted * (1 - 1e-12))  # a whole number must not be rounded up to the next
+
+
+def shared_shift_moments(
+    *, slope: float, true_slope: float, intercept: float, feature_std: float, shift_std: float, label_std: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return variance and within-batch correlation of each gradient coordinate of :func:`shared_shift_gradients`.
+
+    Parameters
+    ----------
+    slope, true_slope, intercept, feature_std, shift_std, label_std : float
+        As in :func:`shared_shift_gradients`.
+
+    Returns
+    -------
+    variance, correlation : ndarray, shape (2,)
+        Of the derivatives by slope and by intercept, from the fourth moments of Gaussian variables (Isserlis).
+        Claim ``minibatch_loss.gradient_floor``.
+
+    Raises
+    ------
+    ValueError
+        If a standard deviation is not positive.
+    """
+    require_positive(feature_std=feature_std, shift_std=shift_std, label_std=label_std)
+    input_variance = feature_std**2 + shift_std**2
+    residual_variance = (slope - true_slope) ** 2 * feature_std**2 + slope**2 * shift_std**2 + label_std**2
+    input_residual = (slope - true_slope) * feature_std**2 + slope * shift_std**2
+    slope_variance = residual_variance * input_variance + input_residual**2 + intercept**2 * input_variance
+    slope_covariance = 2 * slope**2 * shift_std**4 + intercept**2 * shift_std**2
+    intercept_covariance = slope**2 * shift_std**2
+    variance = np.array([slope_variance, residual_variance])
+    return variance, np.array([slope_covariance, intercept_covariance]) / variance
+
+
+def exponential_batch_cdf(z: FloatOrArray, batch_size: int) -> FloatOrArray:
+    """Return the exact distribution function of the standardized batch loss when losses are exponential.
+
+    Parameters
+    ----------
+    z : array_like
+        In standard errors of the batch loss: ``z = (L̂ - L) / (σ/√m)``.
+    batch_size : int
+
+    Returns
+    -------
+    ndarray
+        ``P(Gamma(m) <= m + z √m)``: the sum of m exponential losses has a gamma law. Claim ``minibatch_loss.clt``.
+
+    Raises
+    ------
+    ValueError
+        If `batch_size` is below 1.
+    """
+    require_at_least_one(batch_size=batch_size)
+    return stats.gamma.cdf(batch_size + np.asarray(z) * math.sqrt(batch_size), a=batch_size)
+
+
+def exponential_distance(batch_size: int) -> float:
+    """Return the largest gap between :func:`exponential_batch_cdf` and the normal distribution function.
+
+    Raises
+    ------
+    ValueError
+        If `batch_size` is below 1.
+    """
+    # Below -√m the exact function is 0 and the normal one largest at the edge; 10⁻³ steps leave an error below 10⁻⁶.
+    z = np.append(np.arange(-6, 6, 1e-3), -math.sqrt(batch_size))
+    return float(np.abs(exponential_batch_cdf(z, batch_size) - stats.norm.cdf(z)).max())
+
+
+def two_point_distance(probability: float, batch_size: int) -> float:
+    """Return the largest gap between the law of a standardized mean of 0/1 losses and the normal law.
+
+    Parameters
+    ----------
+    probability : float
+        That a loss is 1, inside (0, 1).
+    batch_size : int
+
+    Returns
+    -------
+    float
+        The supremum over all z, which is reached at a jump, from its left or its right.
+
+    Raises
+    ------
+    ValueError
+        If `probability` is not inside (0, 1) or `batch_size` below 1.
+    """
+    require_at_least_one(batch_size=batch_size)
+    if not 0 < probability < 1:
+        raise ValueError(f"probability must lie strictly between 0 and 1, got {probability}")
+    law = stats.binom(batch_size, probability)
+    ones = np.arange(batch_size + 1)
+    normal = stats.norm.cdf((ones - law.mean()) / law.std())
+    return float(max(np.abs(law.cdf(ones) - normal).max(), np.abs(law.cdf(ones - 1) - normal).max()))
+
+
+def berry_esseen_bound(
+    third_absolute_moment: float, std: float, batch_size: FloatOrArray, constant: float = BERRY_ESSEEN_CONSTANT
+) -> FloatOrArray:
+    """Bound the distance of the standardized batch loss from the normal law, ``C E|Z-L|³ / (σ³ √m)``.
+
+    Parameters
+    ----------
+    third_absolute_moment : float
+        ``E|Z-L|³`` of one loss.
+    std : float
+        Standard deviation of one loss.
+    batch_size : int or array of int
+    constant : float
+        0.4748 holds for every law (Shevtsova 2011); none below 0.4097 does (Esseen 1956).
+
+    Returns
+    -------
+    float or array
+        Bound on the largest difference of distribution functions. Claim ``minibatch_loss.berry_esseen``.
+
+    Raises
+    ------
+    ValueError
+        If a moment is not positive, `batch_size` below 1, or the third moment smaller than ``σ³``, which is impossible.
+    """
+    require_positive(third_absolute_moment=third_absolute_moment, std=std)
+    require_at_least_one(batch_size=batch_size)
+    if third_absolute_moment < std**3 * (1 - 1e-12):
+        raise ValueError(f"E|Z-L|³ cannot be below std³ = {std**3:.3g}, got {third_absolute_moment:.3g}")
+    return constant * third_absolute_moment / (std**3 * np.sqrt(batch_size))
+
+
+def stable_spread(alpha: float, batch_size: FloatOrArray) -> FloatOrArray:
+    """Return by what factor averaging m independent α-stable losses narrows their law, ``m^(1/α - 1)``.
+
+    Parameters
+    ----------
+    alpha : float
+        In (0, 2]; 2 gives the familiar ``m^(-1/2)``, 1 gives 1: averaging does nothing.
+    batch_size : int or array of int
+
+    Raises
+    ------
+    ValueError
+        If `alpha` lies outside (0, 2] or `batch_size` is below 1.
+    """
+    _require_alpha(alpha)
+    require_at_least_one(batch_size=batch_size)
+    return np.asarray(batch_size, dtype=np.float64) ** (1 / alpha - 1)
 
 
 def iid_losses(
@@ -254,43 +408,6 @@ def equicorrelated_losses(
     return losses.mul_(std).add_(mean)
 
 
-def intraclass_correlation(losses: torch.Tensor) -> Estimate:
-    """Estimate the correlation between losses of one batch, by one-way analysis of variance.
-
-    Parameters
-    ----------
-    losses : torch.Tensor, shape (n_batches, batch_size)
-        Losses on your own network, one row a batch; different batches must be independent. Both sizes at least 2.
-
-    Returns
-    -------
-    Estimate
-        ``(B - W) / (B + (m-1) W)``, where B is m times the sample variance of the batch means and W the mean of the
-        sample variances within batches; the standard error, by the delta method over batches, assumes no normality.
-        Source: Fisher (1925), intraclass correlation.
-
-    Raises
-    ------
-    ValueError
-        If `losses` is not a matrix of at least 2 × 2 finite numbers that vary.
-    """
-    if losses.ndim != 2 or min(losses.shape) < 2:
-        raise ValueError(f"losses must have shape (n_batches, batch_size), both at least 2, got {tuple(losses.shape)}")
-    losses = losses.to(torch.float64)
-    n_batches, batch_size = losses.shape
-    means = losses.mean(1)
-    between = batch_size * (means - means.mean()).square() * n_batches / (n_batches - 1)
-    within = losses.var(1)
-    if not between.sum() + within.sum() > 0:
-        raise ValueError("losses must be finite and vary, got no variance")
-
-    def ratio(mean_squares: torch.Tensor) -> torch.Tensor:
-        b, w = mean_squares
-        return (b - w) / (b + (batch_size - 1) * w)
-
-    return function_of(ratio, torch.stack([between, within], dim=1))
-
-
 def shared_shift_gradients(
     n_batches: int,
     batch_size: int,
@@ -345,134 +462,6 @@ def shared_shift_gradients(
     return torch.stack([inputs.mul_(residuals), residuals], dim=-1)
 
 
-def shared_shift_moments(
-    *, slope: float, true_slope: float, intercept: float, feature_std: float, shift_std: float, label_std: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return variance and within-batch correlation of each gradient coordinate of :func:`shared_shift_gradients`.
-
-    Parameters
-    ----------
-    slope, true_slope, intercept, feature_std, shift_std, label_std : float
-        As in :func:`shared_shift_gradients`.
-
-    Returns
-    -------
-    variance, correlation : ndarray, shape (2,)
-        Of the derivatives by slope and by intercept, from the fourth moments of Gaussian variables (Isserlis).
-        Claim ``minibatch_loss.gradient_floor``.
-
-    Raises
-    ------
-    ValueError
-        If a standard deviation is not positive.
-    """
-    require_positive(feature_std=feature_std, shift_std=shift_std, label_std=label_std)
-    input_variance = feature_std**2 + shift_std**2
-    residual_variance = (slope - true_slope) ** 2 * feature_std**2 + slope**2 * shift_std**2 + label_std**2
-    input_residual = (slope - true_slope) * feature_std**2 + slope * shift_std**2
-    slope_variance = residual_variance * input_variance + input_residual**2 + intercept**2 * input_variance
-    slope_covariance = 2 * slope**2 * shift_std**4 + intercept**2 * shift_std**2
-    intercept_covariance = slope**2 * shift_std**2
-    variance = np.array([slope_variance, residual_variance])
-    return variance, np.array([slope_covariance, intercept_covariance]) / variance
-
-
-def exponential_batch_cdf(z: float | np.ndarray, batch_size: int) -> np.ndarray:
-    """Return the exact distribution function of the standardized batch loss when losses are exponential.
-
-    Parameters
-    ----------
-    z : array_like
-        In standard errors of the batch loss: ``z = (L̂ - L) / (σ/√m)``.
-    batch_size : int
-
-    Returns
-    -------
-    ndarray
-        ``P(Gamma(m) <= m + z √m)``: the sum of m exponential losses has a gamma law. Claim ``minibatch_loss.clt``.
-
-    Raises
-    ------
-    ValueError
-        If `batch_size` is below 1.
-    """
-    require_at_least_one(batch_size=batch_size)
-    return stats.gamma.cdf(batch_size + np.asarray(z) * math.sqrt(batch_size), a=batch_size)
-
-
-def exponential_distance(batch_size: int) -> float:
-    """Return the largest gap between :func:`exponential_batch_cdf` and the normal distribution function.
-
-    Raises
-    ------
-    ValueError
-        If `batch_size` is below 1.
-    """
-    # Below -√m the exact function is 0 and the normal one largest at the edge; 10⁻³ steps leave an error below 10⁻⁶.
-    z = np.append(np.arange(-6, 6, 1e-3), -math.sqrt(batch_size))
-    return float(np.abs(exponential_batch_cdf(z, batch_size) - stats.norm.cdf(z)).max())
-
-
-def two_point_distance(probability: float, batch_size: int) -> float:
-    """Return the largest gap between the law of a standardized mean of 0/1 losses and the normal law.
-
-    Parameters
-    ----------
-    probability : float
-        That a loss is 1, inside (0, 1).
-    batch_size : int
-
-    Returns
-    -------
-    float
-        The supremum over all z, which is reached at a jump, from its left or its right.
-
-    Raises
-    ------
-    ValueError
-        If `probability` is not inside (0, 1) or `batch_size` below 1.
-    """
-    require_at_least_one(batch_size=batch_size)
-    if not 0 < probability < 1:
-        raise ValueError(f"probability must lie strictly between 0 and 1, got {probability}")
-    law = stats.binom(batch_size, probability)
-    ones = np.arange(batch_size + 1)
-    normal = stats.norm.cdf((ones - law.mean()) / law.std())
-    return float(max(np.abs(law.cdf(ones) - normal).max(), np.abs(law.cdf(ones - 1) - normal).max()))
-
-
-def berry_esseen_bound(
-    third_absolute_moment: float, std: float, batch_size: int, constant: float = BERRY_ESSEEN_CONSTANT
-) -> float:
-    """Bound the distance of the standardized batch loss from the normal law, ``C E|Z-L|³ / (σ³ √m)``.
-
-    Parameters
-    ----------
-    third_absolute_moment : float
-        ``E|Z-L|³`` of one loss.
-    std : float
-        Standard deviation of one loss.
-    batch_size : int or array of int
-    constant : float
-        0.4748 holds for every law (Shevtsova 2011); none below 0.4097 does (Esseen 1956).
-
-    Returns
-    -------
-    float or array
-        Bound on the largest difference of distribution functions. Claim ``minibatch_loss.berry_esseen``.
-
-    Raises
-    ------
-    ValueError
-        If a moment is not positive, `batch_size` below 1, or the third moment smaller than ``σ³``, which is impossible.
-    """
-    require_positive(third_absolute_moment=third_absolute_moment, std=std)
-    require_at_least_one(batch_size=batch_size)
-    if third_absolute_moment < std**3 * (1 - 1e-12):
-        raise ValueError(f"E|Z-L|³ cannot be below std³ = {std**3:.3g}, got {third_absolute_moment:.3g}")
-    return constant * third_absolute_moment / (std**3 * np.sqrt(batch_size))
-
-
 def stable_losses(
     n_batches: int,
     batch_size: int,
@@ -515,23 +504,231 @@ def stable_losses(
     return angle.mul_(alpha).sin_().mul_(tail)
 
 
-def stable_spread(alpha: float, batch_size: int) -> float:
-    """Return by what factor averaging m independent α-stable losses narrows their law, ``m^(1/α - 1)``.
+def intraclass_correlation(losses: Losses) -> Estimate:
+    """Estimate the correlation between losses of one batch, by one-way analysis of variance.
 
     Parameters
     ----------
-    alpha : float
-        In (0, 2]; 2 gives the familiar ``m^(-1/2)``, 1 gives 1: averaging does nothing.
-    batch_size : int or array of int
+    losses : array of shape (n_batches, batch_size), or sequence of 1-d arrays
+        Losses on your own network, one row or array a batch; different batches must be independent. Batches may differ
+        in size, and be as short as one loss. At least 60 batches.
+
+    Returns
+    -------
+    Estimate
+        ``(B - W) / (B + (m-1) W)``. B is the mean square between batches (for equal sizes m times the sample variance
+        of the batch means), W the mean square within; for unequal sizes m is ``(N - Σ m_i²/N) / (n-1)``. The standard
+        error is the longer arm of :func:`correlation_interval` over 1.96, so that ± 2 of them cover at least as often.
+        For many batches of normal losses it tends to ``√2 (1-ρ) (1 + (m-1)ρ) / √(m(m-1)n)``; for 60 or 120 of them it
+        is up to 1.7 or 1.3 times that, which skewed losses need.
+        Source: Fisher (1925), intraclass correlation; Donner (1986) for unequal sizes.
 
     Raises
     ------
     ValueError
-        If `alpha` lies outside (0, 2] or `batch_size` is below 1.
+        If there are fewer than 60 batches, all of one loss, a loss is NaN or infinite, losses do not vary, or all
+        variation within batches, or between them, comes from one batch.
+
+    Examples
+    --------
+    Batches whose losses share a component of a tenth of their variance:
+
+    >>> import torch
+    >>> source = torch.Generator().manual_seed(0)
+    >>> shared, own = torch.randn(300, 1, generator=source), torch.randn(300, 32, generator=source)
+    >>> intraclass_correlation(0.1**0.5 * shared + 0.9**0.5 * own)
+    0.090 ± 0.012 (n = 300)
     """
-    _require_alpha(alpha)
-    require_at_least_one(batch_size=batch_size)
-    return np.asarray(batch_size, dtype=np.float64) ** (1 / alpha - 1)
+    anova = _analysis_of_variance(losses)
+    low, high = anova.correlation(anova.log_interval)
+    value = anova.correlation(anova.log_ratio)
+    stderr = max(high - value, value - low) / stats.norm.ppf((1 + COVERAGE) / 2)
+    return Estimate(value, stderr, anova.n_batches, anova.skewness)
+
+
+def correlation_interval(losses: Losses) -> tuple[float, float]:
+    """Return a 95 % confidence interval for the correlation between losses of one batch.
+
+    Parameters
+    ----------
+    losses : array of shape (n_batches, batch_size), or sequence of 1-d arrays
+        As in :func:`intraclass_correlation`.
+
+    Returns
+    -------
+    low, high : float
+        Inside ``[-1/(m-1), 1]``. On the scale of ``ln((1 + (m-1)ρ) / (1-ρ))``, where the spread hardly depends on ρ
+        (Fisher 1925), it is Student's interval for the jackknife over batches, with three changes: the jackknife's
+        correction of the bias; a standard error never below that of normal losses; and wider by what the Edgeworth
+        expansion of Student's t asks for skewness γ and excess kurtosis κ of the influence values (Hall 1983),
+        ``1 + (γ² (z⁴ + 2z² - 3)/18 - κ (z² - 3)/12) / n`` at z = 1.96.
+        It covers at least 93 % for normal and exponential losses, which the tests check at 60 and 120 batches.
+
+    Raises
+    ------
+    ValueError
+        As in :func:`intraclass_correlation`.
+
+    Examples
+    --------
+    Batches whose losses share nothing:
+
+    >>> import torch
+    >>> losses = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
+    >>> print("{:.3f} to {:.3f}".format(*correlation_interval(losses)))
+    -0.003 to 0.009
+    """
+    anova = _analysis_of_variance(losses)
+    low, high = anova.correlation(anova.log_interval)
+    return float(low), float(high)
+
+
+def effective_batch_interval(losses: Losses, batch_size: float | None = None) -> tuple[float, float]:
+    """Return a 95 % confidence interval for how many independent losses a batch is worth.
+
+    Parameters
+    ----------
+    losses : array of shape (n_batches, batch_size), or sequence of 1-d arrays
+        As in :func:`intraclass_correlation`.
+    batch_size : float, optional
+        Of the batch in question, by default that of `losses`. Another size takes the correlation to be the same there;
+        ``math.inf`` asks for ``1/ρ``, which no batch exceeds.
+
+    Returns
+    -------
+    low, high : float
+        :func:`effective_batch_size` at both ends of :func:`correlation_interval`. The upper end is infinite if the
+        lowest correlation leaves a batch of that size no variance, and at ``math.inf`` if it is not positive.
+
+    Raises
+    ------
+    ValueError
+        As in :func:`intraclass_correlation`, or if `batch_size` is below 1 or NaN.
+
+    Examples
+    --------
+    Batches of 32 whose losses share a component of a tenth of their variance are worth 32 / (1 + 31/10) = 7.8, and
+    none is worth more than 10:
+
+    >>> import math
+    >>> import torch
+    >>> source = torch.Generator().manual_seed(0)
+    >>> shared, own = torch.randn(300, 1, generator=source), torch.randn(300, 32, generator=source)
+    >>> losses = 0.1**0.5 * shared + 0.9**0.5 * own
+    >>> print("{:.1f} to {:.1f}".format(*effective_batch_interval(losses)))
+    7.1 to 10.0
+    >>> print("{:.1f} to {:.1f}".format(*effective_batch_interval(losses, batch_size=math.inf)))
+    8.8 to 14.1
+    """
+    anova = _analysis_of_variance(losses)
+    batch_size = anova.batch_size if batch_size is None else batch_size
+    if not batch_size >= 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    # The variance of the mean, in units of one loss, is 1/m + (1 - 1/m) ρ, which has a limit as m grows.
+    variances = 1 / batch_size + (1 - 1 / batch_size) * anova.correlation(anova.log_interval)
+    most, least = (1 / variance if variance > 0 else math.inf for variance in variances.tolist())
+    return least, most
+
+
+class _Anova(NamedTuple):
+    """One-way analysis of variance, on the scale of the log ratio of its mean squares."""
+
+    n_batches: int
+    batch_size: float  # the one that unequal sizes amount to
+    log_ratio: float  # mean square between over mean square within
+    log_interval: np.ndarray  # shape (2,)
+    skewness: float  # of the influence values of the log ratio
+
+    def correlation(self, log_ratio: FloatOrArray) -> FloatOrArray:
+        """Return ``(F - 1) / (F + m - 1)`` for the log of F, which may be infinite."""
+        between, within = special.expit(log_ratio), special.expit(-np.asarray(log_ratio))
+        return (between - within) / (between + (self.batch_size - 1) * within)
+
+
+def _analysis_of_variance(losses: Losses) -> _Anova:
+    sizes, means, within = _batch_statistics(losses)
+    n, total, squared_sizes = len(sizes), sizes.sum(), (sizes**2).sum()
+    if n < MIN_BATCHES:
+        raise ValueError(f"a correlation within batches needs at least {MIN_BATCHES} batches, got {n}")
+    if total == n:
+        raise ValueError("a correlation within batches needs batches of at least 2 losses, got one loss in each")
+    deviations = means - sizes @ means / total
+    between = sizes * deviations**2
+    batch_size = (total - squared_sizes / total) / (n - 1)
+    log_ratio = _log_ratio(between.sum(), within.sum(), n, total, squared_sizes, batch_size)
+    if np.isnan(log_ratio):
+        raise ValueError(f"losses must vary, got the same value in all {n} batches")
+    if np.isinf(log_ratio):  # losses that are equal within each batch, or batches of equal means
+        return _Anova(n, batch_size, log_ratio, np.repeat(log_ratio, 2), 0.0)
+    left = total - sizes
+    left_out = _log_ratio(
+        # Without a batch the grand mean moves, which takes its own square from the sum.
+        between.sum() - between - (sizes * deviations) ** 2 / left,
+        within.sum() - within,
+        n - 1,
+        left,
+        squared_sizes - sizes**2,
+        batch_size,
+    )
+    if not np.isfinite(left_out).all():
+        raise ValueError(
+            "a standard error needs losses that vary within and between at least 2 batches, "
+            f"got batch {np.argmin(np.isfinite(left_out))} without which they do not"
+        )
+    return _Anova(n, batch_size, log_ratio, *_jackknife(log_ratio, left_out, math.sqrt(2 / (n - 1) + 2 / (total - n))))
+
+
+def _log_ratio(
+    between: FloatOrArray,
+    within: FloatOrArray,
+    n: int,
+    total: FloatOrArray,
+    squared_sizes: FloatOrArray,
+    batch_size: float,
+) -> FloatOrArray:
+    """Return the log ratio of mean squares from their sums, as it were if unequal sizes amounted to `batch_size`.
+
+    ``E[B] / E[W]`` is ``1 + m ρ/(1-ρ)``, where m is what the sizes at hand amount to.
+    """
+    amounts_to = (total - squared_sizes / total) / (n - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = (np.maximum(between, 0) / (n - 1)) / (np.maximum(within, 0) / (total - n))
+        return np.log1p(batch_size / amounts_to * (ratio - 1))
+
+
+def _jackknife(value: float, left_out: np.ndarray, least_stderr: float) -> tuple[np.ndarray, float]:
+    """Return an interval from the values that leave out one batch each, and the skewness of their influence."""
+    n = len(left_out)
+    influence = (n - 1) * (left_out.mean() - left_out)
+    z = influence / max(influence.std(), np.finfo(np.float64).tiny)
+    skewness, excess_kurtosis = (z**3).mean(), (z**4).mean() - 3
+    quantile = stats.norm.ppf((1 + COVERAGE) / 2)
+    edgeworth = skewness**2 * (quantile**4 + 2 * quantile**2 - 3) / 18 - excess_kurtosis * (quantile**2 - 3) / 12
+    stderr = max(influence.std() / math.sqrt(n - 1), least_stderr)
+    arm = stats.t.ppf((1 + COVERAGE) / 2, n - 1) * stderr * (1 + edgeworth / n)
+    unbiased = n * value - (n - 1) * left_out.mean()
+    return np.array([unbiased - arm, unbiased + arm]), skewness
+
+
+def _batch_statistics(losses: Losses) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return size, mean and sum of squared deviations of each batch, shape (n_batches,) each, in float64."""
+    batches, dimensions = ([losses], 2) if isinstance(losses, torch.Tensor | np.ndarray) else (list(losses), 1)
+    if not batches:
+        raise ValueError("losses must hold batches, got none")
+    batches = [torch.as_tensor(batch, dtype=torch.float64).detach() for batch in batches]
+    for batch in batches:
+        if batch.ndim != dimensions or not batch.shape[-1]:
+            raise ValueError(
+                "losses must have shape (n_batches, batch_size), or be a sequence of batches of shape (batch_size,), "
+                f"got shape {tuple(batch.shape)}"
+            )
+        if not torch.isfinite(batch).all():
+            raise ValueError(f"losses must be finite, got {int((~torch.isfinite(batch)).sum())} NaN or infinite values")
+    rows = [batch.reshape(-1, batch.shape[-1]) for batch in batches]
+    means = [row.mean(1, keepdim=True) for row in rows]
+    squares = [(row - center).square().sum(1) for row, center in zip(rows, means, strict=True)]
+    sizes = np.concatenate([np.full(len(row), row.shape[1], dtype=np.float64) for row in rows])
+    return sizes, torch.cat(means).squeeze(1).cpu().numpy(), torch.cat(squares).cpu().numpy()
 
 
 def _exponential(shape: tuple[int, int], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
@@ -551,17 +748,12 @@ def _standardized(
     raise ValueError(f"marginal must be 'gaussian' or 'exponential', got {marginal!r}")
 
 
-def _require_between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
-
-
 def _require_alpha(alpha: float) -> None:
     if not 0 < alpha <= 2:
         raise ValueError(f"alpha must lie in (0, 2], got {alpha}")
 
 
-def _require_correlation(correlation: float, batch_size: int) -> None:
+def _require_correlation(correlation: FloatOrArray, batch_size: FloatOrArray) -> None:
     low = smallest_correlation(batch_size)
     correlation = np.asarray(correlation)
     if not ((correlation >= low * (1 + 1e-12)) & (correlation <= 1)).all():

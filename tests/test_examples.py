@@ -1,4 +1,4 @@
-"""The examples in docstrings run and print what they say."""
+"""The examples in docstrings run and print what they say; every tool for the reader's own network has one."""
 
 import doctest
 import importlib
@@ -15,6 +15,12 @@ EXAMPLES = {
     for test in doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs={"__name__": "example"})
     if test.examples
 }
+# What a reader calls on their own network.
+TOOLS = [
+    "helpers.minibatch_loss.correlation_interval",
+    "helpers.minibatch_loss.effective_batch_interval",
+    "helpers.minibatch_loss.intraclass_correlation",
+]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -23,3 +29,8 @@ def test_an_example_prints_what_it_says(name):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     runner.run(EXAMPLES[name], out=report.append)
     assert not runner.failures, "".join(report)
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_tool_has_an_example(name):
+    assert name in EXAMPLES, f"{name} is for the reader's own network, and its docstring has no tested example"

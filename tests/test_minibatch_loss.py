@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
 from helpers import minibatch_loss
-from helpers.lab.estimates import Estimate
 from helpers.lab.runtime import generator, rng
 from helpers.minibatch_loss import (
     berry_esseen_bound,
@@ -27,7 +26,6 @@ from helpers.minibatch_loss import (
     exponential_distance,
     iid_losses,
     iid_variance,
-    intraclass_correlation,
     required_batch_size,
     shared_shift_gradients,
     shared_shift_moments,
@@ -85,16 +83,6 @@ def standardized_power(n_batches, marginal, correlation, power):
         generator=generator(f"test.equicorrelated.{marginal}.{correlation}"),
     )
     return ((losses - MEAN) / STD) ** power
-
-
-def anova_by_loops(losses):
-    n_batches, batch_size = len(losses), len(losses[0])
-    means = [sum(batch) / batch_size for batch in losses]
-    grand_mean = sum(means) / n_batches
-    between = batch_size * sum((mean - grand_mean) ** 2 for mean in means) / (n_batches - 1)
-    within = sum((loss - mean) ** 2 for batch, mean in zip(losses, means, strict=True) for loss in batch)
-    within /= n_batches * (batch_size - 1)
-    return (between - within) / (between + (batch_size - 1) * within)
 
 
 # Variance of the batch loss
@@ -400,75 +388,10 @@ def test_samplers_have_the_wanted_dtype_and_shape(name):
     assert (double.dtype, single.dtype) == (torch.float64, torch.float32)
 
 
-# Estimating the correlation
-
-
 def correlated_losses(n_batches, batch_size, stream, marginal="gaussian", correlation=0.3):
     return equicorrelated_losses(
         n_batches, batch_size, **SOURCES, correlation=correlation, marginal=marginal, generator=generator(stream)
     )
-
-
-@pytest.mark.parametrize("batch_size", [2, 3, 7])
-def test_intraclass_correlation_equals_analysis_of_variance_by_loops(batch_size):
-    losses = correlated_losses(150, batch_size, f"test.icc.loops.{batch_size}")
-    assert intraclass_correlation(losses).value == pytest.approx(anova_by_loops(losses.tolist()), rel=1e-11)
-
-
-@pytest.mark.parametrize("batch_size", [2, 5])
-def test_standard_error_of_intraclass_correlation_equals_the_jackknife(batch_size):
-    # Leaving out one batch at a time knows nothing of derivatives. The two differ by O(1/n), relatively.
-    losses = correlated_losses(2000, batch_size, f"test.icc.jackknife.{batch_size}", "exponential")
-    means, within = losses.mean(1), losses.var(1)
-    n = len(losses)
-    left_mean = (means.sum() - means) / (n - 1)
-    left_square = (means.square().sum() - means.square()) / (n - 1)
-    between = batch_size * (left_square - left_mean**2) * (n - 1) / (n - 2)
-    left_within = (within.sum() - within) / (n - 1)
-    left_out = (between - left_within) / (between + (batch_size - 1) * left_within)
-    jackknife = ((n - 1) ** 2 / n * left_out.var()).sqrt().item()
-    assert intraclass_correlation(losses).stderr == pytest.approx(jackknife, rel=0.02)
-
-
-def test_intraclass_correlation_z_scores_are_standard():
-    # 250 repetitions of 10,000 batches: the bias of z, of the order of skewness / (2 √n) = 0.02 here, stays below half
-    # of the standard error 0.06 of its mean. False alarms: 1e-6 each, a few times that with the bias.
-    repetitions, correlation = 250, 0.3
-    losses = correlated_losses(repetitions * 10_000, 3, "test.icc.z", correlation=correlation)
-    estimates = [intraclass_correlation(part) for part in losses.split(10_000)]
-    z = np.array([(estimate.value - correlation) / estimate.stderr for estimate in estimates])
-    assert abs(z.mean()) * math.sqrt(repetitions) < stats.norm.isf(FALSE_ALARM / 2)
-    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], repetitions - 1) / (repetitions - 1)
-    assert low < z.var(ddof=1) < high
-
-
-def test_intraclass_correlation_takes_two_batches_of_two():
-    # Small numbers too: that losses vary does not depend on their unit.
-    losses = [[0.0, 1e-3], [3e-3, 4.01e-3]]
-    estimate = intraclass_correlation(torch.tensor(losses, dtype=torch.float64))
-    assert isinstance(estimate, Estimate)
-    assert estimate.value == pytest.approx(anova_by_loops(losses), rel=1e-11)
-
-
-def test_intraclass_correlation_may_be_negative():
-    losses = correlated_losses(300, 3, "test.icc.negative", correlation=-0.4)
-    estimate = intraclass_correlation(losses)
-    assert estimate.value == pytest.approx(anova_by_loops(losses.tolist()), rel=1e-11)
-    assert estimate.value < 0
-
-
-@pytest.mark.parametrize(
-    ("losses", "expected"),
-    [([[0, 0, 0], [1, 1, 1], [5, 5, 5]], 1), ([[0, 2, 7]] * 3, -1 / 2), ([[0, 1], [1, 0], [0, 1]], -1)],
-)
-def test_intraclass_correlation_reaches_both_its_ends(losses, expected):
-    estimate = intraclass_correlation(torch.tensor(losses, dtype=torch.float64))
-    assert (estimate.value, estimate.stderr) == pytest.approx((expected, 0), abs=1e-12)
-
-
-def test_intraclass_correlation_computes_in_float64():
-    losses = correlated_losses(100, 3, "test.icc.dtype").float()
-    assert intraclass_correlation(losses).value == pytest.approx(anova_by_loops(losses.tolist()), rel=1e-11)
 
 
 # Gradients that share a random shift
@@ -854,28 +777,6 @@ def stable_with(**changes):
 def test_refusals_state_the_rule_and_the_value(call, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         call()
-
-
-@pytest.mark.parametrize("shape", [(4,), (1, 4), (4, 1), (2, 2, 2)])
-def test_intraclass_correlation_refuses_what_is_not_a_matrix_of_batches(shape):
-    message = f"losses must have shape (n_batches, batch_size), both at least 2, got {shape}"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        intraclass_correlation(torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape))
-
-
-@pytest.mark.parametrize("value", [3.0, math.nan, math.inf])
-def test_intraclass_correlation_refuses_losses_without_finite_variance(value):
-    with pytest.raises(ValueError, match="losses must be finite and vary"):
-        intraclass_correlation(torch.full((5, 3), value, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("position", [(0, 0), (2, 1)])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_intraclass_correlation_refuses_one_loss_that_is_not_finite(position, value):
-    losses = correlated_losses(5, 3, "test.icc.finite")
-    losses[position] = value
-    with pytest.raises(ValueError, match="losses must be finite and vary"):
-        intraclass_correlation(losses)
 
 
 @pytest.mark.parametrize("alpha", [0.001, 2])

@@ -159,6 +159,8 @@ ELSEWHERE = [
 # Decide by values, or hand them to NumPy: run on the CPU, where every new tensor must be told its device.
 BY_VALUES = [
     (minibatch_loss.intraclass_correlation, lambda at: {"losses": at.normal(100, 4)}),
+    (minibatch_loss.correlation_interval, lambda at: {"losses": at.normal(100, 4)}),
+    (minibatch_loss.effective_batch_interval, lambda at: {"losses": list(at.normal(100, 4))}),
     (gradient_noise.gradient_noise_scale, one_sided_problem),
     (gradient_noise.two_batch_noise_scale, squared_norms),
     (gradient_noise.two_batch_noise_scale, lambda at: squared_norms(at) | {"population_size": 100}),
