@@ -4,13 +4,14 @@ import ast
 import json
 import re
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import chain
 
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from helpers.lab import registry
 from helpers.lab.ledger import stored_claims
 from helpers.lab.reading import length_of
 
@@ -82,24 +83,44 @@ def missing_pages(root):
     return problems + [f"{place(root, page)} is not in _toc.yml" for page in unlisted]
 
 
+def registered_claims(root):
+    """Every claim of the registry, by its id."""
+    chapters = registry.read_chapters(root / "helpers/registry").values()
+    return {claim.id: claim for chapter in chapters for claim in chapter.claims}
+
+
 def unmatched_claims(root):
-    """Every registered claim is shown in exactly one notebook, and every claim shown is registered."""
-    registered = yaml.safe_load((root / "book" / "claims.yml").read_text(encoding="utf-8")) or {}
-    homes, problems = defaultdict(set), []
+    """Every claim is checked as often as it is registered, in one notebook, and each check held."""
+    registered = registered_claims(root)
+    homes, checked, problems = defaultdict(set), [], []
     for path, cells in notebooks(root):
         for number, cell in enumerate(cells):
             for claim in stored_claims({"cells": [cell]}):
                 homes[claim["id"]].add(place(root, path))
+                checked.append(claim["id"])
                 if claim["id"] not in registered:
-                    problems.append(f"{place(root, path, number, cell)}: {claim['id']} is not in claims.yml")
+                    problems.append(f"{place(root, path, number, cell)}: {claim['id']} is not registered")
                 if not claim["passed"]:
                     problems.append(f"{place(root, path, number, cell)}: {claim['id']} is stored as failed")
-    problems += [f"claims.yml: {id} is shown in no notebook" for id in registered if id not in homes]
+    problems += registry.miscounted(registered.values(), (id for id in checked if id in registered))
     return problems + [
         f"{id} is shown in more than one notebook: {', '.join(sorted(paths))}"
         for id, paths in homes.items()
         if len(paths) > 1
     ]
+
+
+def repeated_cases(root):
+    """Two checks of one claim have different cases: a notebook that runs counts them by their names."""
+    problems = []
+    for path, cells in notebooks(root):
+        names = Counter((claim["id"], claim["case"]) for claim in stored_claims({"cells": cells}))
+        problems += [
+            f"{place(root, path)}: {count} checks of {id} have the case {case!r}"
+            for (id, case), count in names.items()
+            if count > 1
+        ]
+    return problems
 
 
 def unexecuted_cells(root):
@@ -202,25 +223,23 @@ def unresolved_references(root):
 
 
 def unmapped_sources(root):
-    """Every source section and problem number of claims.yml stands in source_map.md."""
-    registered = yaml.safe_load((root / "book" / "claims.yml").read_text(encoding="utf-8")) or {}
+    """Every source section and problem number of the registry stands in source_map.md."""
     rows = [line for line in (root / "book" / "source_map.md").read_text(encoding="utf-8").splitlines() if "|" in line]
-    problems = []
-    for id, entry in registered.items():
-        for part in filter(None, re.split(r",\s*", entry.get("source", ""))):
-            if not any(re.search(rf"{re.escape(part)}(?![\d.])", row) for row in rows):
-                problems.append(f"claims.yml: {id} has the source {part}, which no row of source_map.md names")
-    return problems
+    return [
+        f"{id} has the source {part}, which no row of source_map.md names"
+        for id, claim in registered_claims(root).items()
+        for part in claim.sources
+        if not any(re.search(rf"{re.escape(part)}(?![\d.])", row) for row in rows)
+    ]
 
 
 def missing_errata(root):
-    """Every erratum that claims.yml names is an entry of errata.md."""
-    registered = yaml.safe_load((root / "book" / "claims.yml").read_text(encoding="utf-8")) or {}
+    """Every erratum that the registry names is an entry of errata.md."""
     anchors = re.findall(r"^\((\S+)\)=$", (root / "book" / "errata.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     return [
-        f"claims.yml: {id} has the erratum {entry['erratum']}, which errata.md does not have"
-        for id, entry in registered.items()
-        if "erratum" in entry and entry["erratum"] not in anchors
+        f"{id} has the erratum {claim.erratum}, which errata.md does not have"
+        for id, claim in registered_claims(root).items()
+        if claim.erratum and claim.erratum not in anchors
     ]
 
 
@@ -331,6 +350,7 @@ PROMISES = (
     disagreeing_packages,
     missing_pages,
     unmatched_claims,
+    repeated_cases,
     unexecuted_cells,
     figures_without_a_page,
     undescribed_figures,

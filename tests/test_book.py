@@ -34,8 +34,9 @@ def code_cell(code, count, outputs=(), id="code", **metadata):
     }
 
 
-def claim_output(id="chapter.claim", passed=True):
-    return {"output_type": "display_data", "data": {}, "metadata": {"claim": {"id": id, "passed": passed}}}
+def claim_output(id="chapter.claim", passed=True, case=""):
+    claim = {"id": id, "case": case, "passed": passed}
+    return {"output_type": "display_data", "data": {}, "metadata": {"claim": claim}}
 
 
 FIGURE = {"output_type": "display_data", "data": {"image/png": "…"}, "metadata": {}}
@@ -69,7 +70,8 @@ def root(tmp_path):
         "      - file: book/source_map\n      - file: book/errata\n",
         "book/page.md": "(a-label)=\n```{glossary}\nbatch\n  批量. Some examples.\n```\n",
         "book/references.bib": "@book{one,\n}\n@article{two,\n}\n",
-        "book/claims.yml": 'chapter.claim:\n  title: A\n  source: "A §1, #123"\n  erratum: wrong\n',
+        "helpers/registry/chapter.yml": "title: A chapter\nmodule: nothing\nclaims:\n"
+        "  claim: {title: A, source: 'A §1, #123', erratum: wrong, checks: 1}\n",
         "book/source_map.md": "| A §1 | subject | #123 |\n",
         "book/errata.md": "(wrong)=\n",
         "helpers/lab/runtime.py": "import torch\ntorch.manual_seed(0)\ntorch.device('cpu')\n",
@@ -125,23 +127,38 @@ def test_checkpoints_are_not_pages(root):
 
 
 def test_a_claim_that_is_not_shown_is_noticed(root):
-    replace(root, "book/claims.yml", "chapter.claim:", "chapter.other: {title: B}\nchapter.claim:")
-    assert the_problem(book_promises.unmatched_claims, root) == "claims.yml: chapter.other is shown in no notebook"
+    replace(root, "helpers/registry/chapter.yml", "  claim:", "  other: {title: B, checks: 2}\n  claim:")
+    problem = the_problem(book_promises.unmatched_claims, root)
+    assert problem == "chapter.other is checked nowhere, but registered with 2 checks"
 
 
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        (claim_output("chapter.new"), "chapter.new is not in claims.yml"),
-        (claim_output(passed=False), "chapter.claim is stored as failed"),
-    ],
-)
-def test_a_claim_that_is_not_registered_or_failed_is_noticed(root, output, message):
-    write_chapter(root, [*chapter_cells(), code_cell("x", 3, [output], id="last")])
-    assert the_problem(book_promises.unmatched_claims, root) == f"{CHAPTER} cell 4 (last): {message}"
+def test_a_check_too_many_is_noticed(root):
+    write_chapter(root, [*chapter_cells(), code_cell("x", 3, [claim_output(case="again")], id="last")])
+    problem = the_problem(book_promises.unmatched_claims, root)
+    assert problem == "chapter.claim is checked 2 times, but registered with 1 checks"
+
+
+def test_a_claim_that_is_not_registered_is_noticed(root):
+    write_chapter(root, [*chapter_cells(), code_cell("x", 3, [claim_output("chapter.new")], id="last")])
+    problem = the_problem(book_promises.unmatched_claims, root)
+    assert problem == f"{CHAPTER} cell 4 (last): chapter.new is not registered"
+
+
+def test_a_failed_claim_is_noticed(root):
+    replace(root, "helpers/registry/chapter.yml", "checks: 1", "checks: 2")
+    write_chapter(root, [*chapter_cells(), code_cell("x", 3, [claim_output(passed=False)], id="last")])
+    problem = the_problem(book_promises.unmatched_claims, root)
+    assert problem == f"{CHAPTER} cell 4 (last): chapter.claim is stored as failed"
+
+
+def test_two_checks_of_one_name_are_noticed(root):
+    write_chapter(root, [*chapter_cells(), code_cell("x", 3, [claim_output(), claim_output(case="b")], id="last")])
+    problem = the_problem(book_promises.repeated_cases, root)
+    assert problem == f"{CHAPTER}: 2 checks of chapter.claim have the case ''"
 
 
 def test_a_claim_in_two_notebooks_is_noticed(root):
+    replace(root, "helpers/registry/chapter.yml", "checks: 1", "checks: 2")
     write_chapter(root, chapter_cells(), "book/part/twin.ipynb")
     problem = the_problem(book_promises.unmatched_claims, root)
     assert problem == f"chapter.claim is shown in more than one notebook: {CHAPTER}, book/part/twin.ipynb"
@@ -221,7 +238,7 @@ def test_a_reference_on_a_page_names_the_page(root):
 def test_a_source_that_is_not_mapped_is_noticed(root, old, new):
     replace(root, "book/source_map.md", old, new)
     problem = the_problem(book_promises.unmapped_sources, root)
-    assert problem == f"claims.yml: chapter.claim has the source {old}, which no row of source_map.md names"
+    assert problem == f"chapter.claim has the source {old}, which no row of source_map.md names"
 
 
 def test_an_erratum_that_does_not_exist_is_noticed(root):

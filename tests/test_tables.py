@@ -1,12 +1,10 @@
 """A table is aligned as text, well-formed and escaped as HTML, and refuses rows that do not fit."""
 
-import doctest
 import re
 from html.parser import HTMLParser
 
 import pytest
 
-from helpers.lab import tables
 from helpers.lab.tables import Html, Table
 
 LINK = Html('<a href="#x"><code>x</code></a>', "chapter.x")
@@ -110,8 +108,3 @@ def test_a_row_that_does_not_fit_is_refused(row):
 def test_ids_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"^there must be 2 row_ids, one a row, got 1$"):
         Table(["a"], [["1"], ["2"]], row_ids=["x"])
-
-
-def test_the_docstrings_example_is_true():
-    assert doctest.testmod(tables).failed == 0
-    assert doctest.testmod(tables).attempted > 0

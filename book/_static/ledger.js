@@ -11,7 +11,7 @@ document.addEventListener("DOMContentLoaded", () => {
     const wanted = search.value.trim().toLowerCase();
     let shown = 0;
     for (const row of body.rows) {
-      const ofChapter = !chapter.value || row.dataset.chapter === chapter.value;
+      const ofChapter = !chapter.value || row.id.startsWith(`${chapter.value}.`);
       row.hidden = !(ofChapter && row.textContent.toLowerCase().includes(wanted));
       shown += !row.hidden;
     }

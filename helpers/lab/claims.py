@@ -16,18 +16,19 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources.abc import Traversable
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sympy as sp
 import torch
-import yaml
 from IPython.display import display
 from scipy import special, stats
 
 from helpers.lab.estimates import Estimate, Proportion, stack
+from helpers.lab.registry import REGISTRY, miscounted, read_chapter
+from helpers.lab.tables import Html, Table
 
 FALSE_ALARM = 1e-6  # probability that a right formula fails, for a whole claim
 MISS = 1e-3  # probability that a formula wrong by `resolution` passes
@@ -35,7 +36,6 @@ ROUNDING = 1e-9  # relative difference that two computations of one number may h
 MAX_LOG_TAIL_ERROR = math.log(2)  # skewness may change a tail probability by no more than a factor of two
 ID_PATTERN = re.compile(r"[a-z][a-z0-9_]*\.[a-z][a-z0-9_]*")
 GO_ON = "BOOK_GO_ON"  # environment variable that `make reseed` sets: a failed claim is shown, and not raised
-REGISTRY = Path(__file__).parents[2] / "book" / "claims.yml"
 
 Numbers = float | np.ndarray | torch.Tensor
 Settings = Sequence[Mapping[str, Real]]
@@ -375,53 +375,36 @@ def check_bounded(
     return Claim(id, case, "bounded", row, sentence + ".", figures, problems)
 
 
-class ChapterTable:
+class ChapterTable(Table):
     """The claims of one chapter as its last page shows them: title, source, and how often each was checked.
 
     Parameters
     ----------
     chapter : str
         Name of the chapter, the part of a claim's id before the dot.
-    registry : Path
-        The file that gives each id its title and source.
+    registry : path
+        The folder of the chapters' files.
 
     Raises
     ------
     ClaimError
-        If a registered claim was not checked in this notebook, or a checked one is not registered.
+        If a claim was checked in this notebook more or less often than it is registered.
+    ValueError
+        If the chapter is not registered.
     """
 
-    def __init__(self, chapter: str, registry: Path = REGISTRY) -> None:
-        registered = {
-            id: entry
-            for id, entry in (yaml.safe_load(registry.read_text(encoding="utf-8")) or {}).items()
-            if id.startswith(f"{chapter}.")
-        }
+    def __init__(self, chapter: str, registry: Traversable = REGISTRY) -> None:
+        claims = read_chapter(chapter, registry).claims
         checked = [claim.id for claim in _shown.values() if claim.id.startswith(f"{chapter}.")]
-        if registered.keys() != set(checked) or not registered:
-            raise ClaimError(
-                f"every claim of {chapter} must be registered and checked; registered but not checked: "
-                f"{sorted(registered.keys() - set(checked))}, checked but not registered: "
-                f"{sorted(set(checked) - registered.keys())}"
-            )
-        self.rows = [(id, entry["title"], source_of(entry), checked.count(id)) for id, entry in registered.items()]
-
-    def __repr__(self) -> str:
-        return "\n".join(f"{id}  {title}  ({source})  checks: {count}" for id, title, source, count in self.rows)
-
-    def _repr_html_(self) -> str:
-        body = "".join(
-            f'<tr><td><a href="#{id}"><code>{id.partition(".")[2]}</code></a></td>'
-            f"<td>{html.escape(title)}</td><td>{html.escape(source)}</td><td>{count}</td></tr>"
-            for id, title, source, count in self.rows
-        )
-        head = "".join(f'<th scope="col">{name}</th>' for name in ("Claim", "What it says", "Source", "Checks"))
-        return f'<table class="claims"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        problems = miscounted(claims, checked)
+        if problems:
+            raise ClaimError("; ".join(problems))
+        rows = [[_link(claim.id), claim.title, claim.source, str(claim.checks)] for claim in claims]
+        super().__init__(["Claim", "What it says", "Source", "Checks"], rows)
 
 
-def source_of(entry: Mapping[str, str]) -> str:
-    """Return where a claim of the registry comes from: document, section and problem, or beyond both documents."""
-    return entry.get("source", "beyond the sources")
+def _link(id: str) -> Html:
+    return Html(f'<a href="#{id}"><code>{id.partition(".")[2]}</code></a>', id)
 
 
 # Every claim shown in this process by (id, case): running a cell again replaces its claim.

@@ -2,15 +2,18 @@
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from helpers.lab.claims import REGISTRY, ClaimError, percent, source_of
+from helpers.lab.claims import ClaimError, percent
+from helpers.lab.registry import REGISTRY, RegisteredClaim, miscounted, places, read_chapters
+from helpers.lab.tables import Html, Table
 
+ROOT = Path(__file__).parents[2]  # of the repository, with the book; an installed package has none
 HEADERS = (
     "Claim",
     "Case",
@@ -24,58 +27,45 @@ HEADERS = (
 )
 
 
-class Ledger:
+class Ledger(Table):
     """A table of all checks, sortable and filterable on the HTML page, with totals on top.
 
     Parameters
     ----------
-    registry : Path
-        ``claims.yml``; the notebooks are those below its folder.
+    root : Path
+        The repository's folder: ``_toc.yml`` gives the order of the chapters, ``book`` holds their notebooks.
+    registry : path
+        The folder of the chapters' files.
 
     Raises
     ------
     ClaimError
-        If a registered claim was not checked in exactly one notebook, a checked one is not registered, or a stored
-        check failed.
+        If a claim is checked more or less often than it is registered, or in two notebooks, or a stored check failed.
     """
 
-    def __init__(self, registry: Path = REGISTRY) -> None:
-        registered = yaml.safe_load(registry.read_text(encoding="utf-8")) or {}
-        records, homes = {id: [] for id in registered}, {}
-        for path in sorted(registry.parent.rglob("*.ipynb")):
-            if ".ipynb_checkpoints" in path.parts:
-                continue
-            for record in stored_claims(json.loads(path.read_text(encoding="utf-8"))):
-                page = path.relative_to(registry.parent).with_suffix(".html").as_posix()
-                if record["id"] not in records:
-                    raise ClaimError(f"{record['id']} is checked in {path.name} but not registered in {registry.name}")
-                if homes.setdefault(record["id"], page) != page:
-                    raise ClaimError(f"{record['id']} is checked in {homes[record['id']]} and in {page}")
-                if not record["passed"]:
-                    raise ClaimError(f"{record['id']} failed in {path.name}: {'; '.join(record['problems'])}")
-                records[record["id"]].append(record)
-        missing = [id for id, found in records.items() if not found]
-        if missing:
-            raise ClaimError(f"registered but checked in no notebook: {', '.join(missing)}")
-        self.rows = [
-            _row(record, homes[id], source_of(registered[id])) for id, found in records.items() for record in found
-        ]
+    def __init__(self, root: Path = ROOT, registry: Traversable = REGISTRY) -> None:
+        claims = _claims_in_reading_order(root, registry)
+        records, pages = _records(root / "book")
+        problems = miscounted(claims, (id for id, found in records.items() for _ in found))
+        if problems:
+            raise ClaimError("; ".join(problems))
         self.totals = _totals(records)
+        rows = [_row(record, claim.source, pages[claim.id]) for claim in claims for record in records[claim.id]]
+        ids = [f"{claim.id}.{number}" for claim in claims for number in range(1, claim.checks + 1)]
+        super().__init__(HEADERS, rows, row_ids=ids)
 
     def __repr__(self) -> str:
-        lines = ["  ".join(filter(None, (f"{row['id']}", *row["cells"]))) for row in self.rows]
-        return "\n".join([self.totals, *lines])
+        return f"{self.totals}\n{super().__repr__()}"
 
     def _repr_html_(self) -> str:
-        chapters = dict.fromkeys(row["chapter"] for row in self.rows)
+        chapters = dict.fromkeys(id.partition(".")[0] for id in self.row_ids)
         options = "".join(f'<option value="{name}">{name}</option>' for name in chapters)
-        head = "".join(f'<th scope="col">{name}</th>' for name in HEADERS)
         return (
             f'<div class="ledger"><p class="ledger-totals">{html.escape(self.totals)}</p>'
             f'<p class="ledger-filters" hidden><label>Chapter <select><option value="">all</option>{options}</select>'
             f'</label> <label>Search <input type="search"></label> <span role="status"></span></p>'
-            f'<div class="ledger-scroll" tabindex="0" role="region" aria-label="All checks of all claims"><table>'
-            f"<thead><tr>{head}</tr></thead><tbody>{''.join(map(_html_row, self.rows))}</tbody></table></div></div>"
+            f'<div class="ledger-scroll" tabindex="0" role="region" aria-label="All checks of all claims">'
+            f"{super()._repr_html_()}</div></div>"
         )
 
 
@@ -96,6 +86,31 @@ def stored_claims(notebook: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [output["metadata"]["claim"] for output in outputs if "claim" in output.get("metadata", {})]
 
 
+def _claims_in_reading_order(root: Path, registry: Traversable) -> list[RegisteredClaim]:
+    registered = read_chapters(registry)
+    listed = [place.chapter for place in places(root / "_toc.yml") if place.chapter in registered]
+    return [claim for name in dict.fromkeys([*listed, *registered]) for claim in registered[name].claims]
+
+
+def _notebooks(book: Path) -> Iterator[Path]:
+    return (path for path in sorted(book.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts)
+
+
+def _records(book: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """Return what the notebooks store of each claim, and the page where it is checked."""
+    records, pages = {}, {}
+    for path in _notebooks(book):
+        page = path.relative_to(book).with_suffix(".html").as_posix()
+        for record in stored_claims(json.loads(path.read_text(encoding="utf-8"))):
+            id = record["id"]
+            if pages.setdefault(id, page) != page:
+                raise ClaimError(f"{id} is checked in {pages[id]} and in {page}")
+            if not record["passed"]:
+                raise ClaimError(f"{id} failed in {path.name}: {'; '.join(record['problems'])}")
+            records.setdefault(id, []).append(record)
+    return records, pages
+
+
 def _totals(records: Mapping[str, list[dict[str, Any]]]) -> str:
     checks = [record for found in records.values() for record in found]
     kinds = {kind: sum(record["kind"] == kind for record in checks) for kind in ("agree", "exact", "bounded")}
@@ -108,7 +123,7 @@ def _totals(records: Mapping[str, list[dict[str, Any]]]) -> str:
     )
 
 
-def _row(record: Mapping[str, Any], page: str, source: str) -> dict[str, Any]:
+def _row(record: Mapping[str, Any], source: str, page: str) -> list[str | Html]:
     derived = z = catches = ""
     at = record["shown"]
     if record["kind"] == "agree":
@@ -120,16 +135,9 @@ def _row(record: Mapping[str, Any], page: str, source: str) -> dict[str, Any]:
         theory, simulated = _figure(record["formula"], at), _figure(record["computed"], at)
     else:
         theory, simulated = f"≤ {_figure(record['bound'], at)}", record["seen"]
-    cells = (record["case"], source, derived, theory, simulated, z, catches)
-    return {"id": record["id"], "chapter": record["id"].partition(".")[0], "page": page, "cells": cells}
+    link = Html(f'<a href="{page}#{record["id"]}">{record["id"]}</a>', record["id"])
+    return [link, record["case"], source, derived, theory, simulated, z, catches, "✓"]
 
 
 def _figure(numbers: Any, at: int) -> str:
     return f"{np.ravel(numbers)[at]:.5g}"
-
-
-def _html_row(row: Mapping[str, Any]) -> str:
-    labeled = zip(HEADERS[1:], (*row["cells"], "✓"), strict=True)
-    cells = "".join(f'<td data-label="{label}">{html.escape(cell)}</td>' for label, cell in labeled)
-    link = f'<a href="{row["page"]}#{row["id"]}">{row["id"]}</a>'
-    return f'<tr data-chapter="{row["chapter"]}"><th scope="row">{link}</th>{cells}</tr>'
