@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from benchmarks.timing import Race, require_equal
-from helpers.initialization import Propagation, propagate
 from helpers.lab import generator
+from helpers.lab.networks import Propagation, propagate
 
 NETWORKS = 200
 COMPARED = 50  # so few are drawn in one group, layer by layer

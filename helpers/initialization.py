@@ -5,12 +5,10 @@ independent weights of mean zero. Its *weight scale* σ_w² is ``fan_in · Var(w
 ``VarianceScaling``; with 2 a ReLU network keeps its second moments, and ``torch.nn.init`` calls the root of it `gain`.
 """
 
-import functools
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,20 +18,17 @@ from scipy.optimize import brentq
 from torch import nn
 from torch.nn import functional as F
 
-from helpers.lab import figures, runtime
-from helpers.lab.checks import require_at_least_one, require_positive, require_same_device
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
-
-# Quadrature for normal variables: beyond this radius nothing is left of their density.
-RADIUS = 10.0
-POINTS = 96
+from helpers.lab import figures
+from helpers.lab.checks import (
+    require_at_least_one,
+    require_not_negative,
+    require_positive,
+    require_same_device,
+)
+from helpers.lab.gaussian import Activation, product_expectation, second_moment, slope_moment
 
 # So near to 1, χ cannot be told from 1.
 NEAR = 1e-6
-
-# Weights that a simulation holds at once, in numbers; of preactivations it holds as many at most.
-WEIGHTS_AT_ONCE = 2**21
 
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh)
 ACTIVATIONS += (nn.Sigmoid, nn.Hardtanh, nn.Identity)
@@ -70,7 +65,7 @@ def preactivation_variance(
     ValueError
         If a variance or moment is negative, or `fan_in` below 1.
     """
-    _require_not_negative(weight_variance=weight_variance, second_moment=second_moment, bias_variance=bias_variance)
+    require_not_negative(weight_variance=weight_variance, second_moment=second_moment, bias_variance=bias_variance)
     require_at_least_one(fan_in=fan_in)
     return fan_in * weight_variance * second_moment + bias_variance
 
@@ -83,7 +78,7 @@ def relu_mean(variance: float) -> float:
     ValueError
         If `variance` is negative.
     """
-    _require_not_negative(variance=variance)
+    require_not_negative(variance=variance)
     return np.sqrt(variance / (2 * np.pi))
 
 
@@ -95,7 +90,7 @@ def relu_second_moment(variance: float) -> float:
     ValueError
         If `variance` is negative.
     """
-    _require_not_negative(variance=variance)
+    require_not_negative(variance=variance)
     return variance / 2
 
 
@@ -107,7 +102,7 @@ def relu_variance(variance: float) -> float:
     ValueError
         If `variance` is negative.
     """
-    _require_not_negative(variance=variance)
+    require_not_negative(variance=variance)
     return variance * (1 / 2 - 1 / (2 * np.pi))
 
 
@@ -133,7 +128,7 @@ def relu_depth_factor(weight_variance: float, fan: int, depth: int) -> float:
     ValueError
         If `weight_variance` or `depth` is negative, or `fan` below 1.
     """
-    _require_not_negative(weight_variance=weight_variance, depth=depth)
+    require_not_negative(weight_variance=weight_variance, depth=depth)
     require_at_least_one(fan=fan)
     return (fan * weight_variance / 2) ** depth
 
@@ -235,32 +230,13 @@ def deep_excess_kurtosis(widths: Sequence[int]) -> float:
 # Mean-field maps: networks of infinite width, whose preactivations are normal
 
 
-def second_moment(activation: Activation, variance: float) -> float:
-    """Return ``E[φ(z)²]`` for z ~ N(0, v), by quadrature.
-
-    Parameters
-    ----------
-    activation : callable
-        Acts on tensors entry by entry, such as ``torch.tanh``; smooth, but for a kink at 0.
-    variance : float
-        v.
-
-    Raises
-    ------
-    ValueError
-        If `variance` is negative.
-    """
-    z, weights = _normal_nodes(variance)
-    return (weights @ activation(z).square()).item()
-
-
 def variance_map(activation: Activation, variance: float, *, weight_scale: float, bias_variance: float = 0.0) -> float:
     """Return the variance of the next layer's preactivations, ``v' = σ_w² E[φ(z)²] + σ_b²`` with z ~ N(0, v).
 
     Parameters
     ----------
     activation, variance
-        As in :func:`second_moment`.
+        As in :func:`~helpers.lab.gaussian.second_moment`.
     weight_scale : float
         σ_w², fan_in times the variance of a weight.
     bias_variance : float
@@ -276,7 +252,7 @@ def variance_map(activation: Activation, variance: float, *, weight_scale: float
     ValueError
         If an argument is negative.
     """
-    _require_not_negative(weight_scale=weight_scale, bias_variance=bias_variance)
+    require_not_negative(weight_scale=weight_scale, bias_variance=bias_variance)
     return weight_scale * second_moment(activation, variance) + bias_variance
 
 
@@ -346,12 +322,8 @@ def chi(activation: Activation, variance: float, *, weight_scale: float, correla
     ValueError
         If an argument is negative, or the correlation not between -1 and 1.
     """
-    _require_not_negative(weight_scale=weight_scale)
-    if correlation == 1:
-        z, weights = _normal_nodes(variance)
-        return weight_scale * (weights @ _derivative(activation, z).square()).item()
-    pair, weights = _normal_pair_nodes(variance, correlation)
-    return weight_scale * (weights * _derivative(activation, pair).prod(0)).sum().item()
+    require_not_negative(weight_scale=weight_scale)
+    return weight_scale * slope_moment(activation, variance, correlation)
 
 
 def correlation_map(
@@ -381,9 +353,8 @@ def correlation_map(
     ValueError
         If an argument is negative, the correlation not between -1 and 1, or the next layer's variance zero.
     """
-    _require_not_negative(weight_scale=weight_scale, bias_variance=bias_variance)
-    pair, weights = _normal_pair_nodes(variance, correlation)
-    covariance = weight_scale * (weights * activation(pair).prod(0)).sum().item() + bias_variance
+    require_not_negative(weight_scale=weight_scale, bias_variance=bias_variance)
+    covariance = weight_scale * product_expectation(activation, variance, correlation) + bias_variance
     after = variance_map(activation, variance, weight_scale=weight_scale, bias_variance=bias_variance)
     require_positive(next_variance=after)
     return covariance / after
@@ -466,7 +437,7 @@ def edge_of_chaos(activation: Activation, variance: float) -> Scales:
     Parameters
     ----------
     activation, variance
-        As in :func:`second_moment`; `variance` is v*.
+        As in :func:`~helpers.lab.gaussian.second_moment`; `variance` is v*.
 
     Returns
     -------
@@ -487,117 +458,6 @@ def edge_of_chaos(activation: Activation, variance: float) -> Scales:
             f"no network is critical at variance {variance}: its bias variance would be {bias_variance:.3g}"
         )
     return Scales(weight_scale, max(bias_variance, 0.0))
-
-
-# Many random networks at once
-
-
-class Propagation(NamedTuple):
-    """Mean squares over inputs and units, each of shape (n_networks, depth)."""
-
-    preactivations: torch.Tensor
-    activations: torch.Tensor
-    gradients: torch.Tensor
-
-
-def preactivations(
-    inputs: torch.Tensor,
-    widths: Sequence[int],
-    *,
-    n_networks: int,
-    weight_scale: float,
-    bias_variance: float = 0.0,
-    mode: str = "fan_in",
-    activation: Activation = torch.relu,
-    generator: torch.Generator,
-) -> list[torch.Tensor]:
-    """Draw many networks with independent Gaussian weights and run them side by side.
-
-    Parameters
-    ----------
-    inputs : torch.Tensor, shape (B, n_0)
-        The same for all networks.
-    widths : sequence of int
-        n_1 … n_L.
-    n_networks : int
-        R.
-    weight_scale, bias_variance : float
-        Weights have variance ``weight_scale / fan``, biases `bias_variance`.
-    mode : str
-        Which fan: ``fan_in``, ``fan_out``, or ``fan_avg``, their mean.
-    activation : callable
-        Acts on tensors entry by entry; not on the inputs.
-    generator : torch.Generator
-        On the device of `inputs`.
-
-    Returns
-    -------
-    list of torch.Tensor, shapes (R, B, n_l)
-        The preactivations of each layer, connected by autograd.
-
-    Raises
-    ------
-    ValueError
-        If `inputs` is not a matrix, a count is below 1, a scale negative, the mode unknown, or the generator on
-        another device.
-    """
-    _require_network(inputs, widths, n_networks, weight_scale, bias_variance, mode, generator)
-    a, layers = inputs.expand(n_networks, *inputs.shape), []
-    for fan_in, fan_out in pairwise((inputs.shape[1], *widths)):
-        std = math.sqrt(weight_scale / _fan(mode, fan_in, fan_out))
-        z = torch.bmm(a, _normal((n_networks, fan_in, fan_out), inputs, generator)) * std  # (R, B, n_l)
-        if bias_variance:
-            z = z + _normal((n_networks, 1, fan_out), inputs, generator) * math.sqrt(bias_variance)
-        layers.append(z if z.requires_grad else z.requires_grad_())
-        a = activation(z)
-    return layers
-
-
-def propagate(
-    inputs: torch.Tensor,
-    widths: Sequence[int],
-    *,
-    n_networks: int,
-    weight_scale: float,
-    bias_variance: float = 0.0,
-    mode: str = "fan_in",
-    activation: Activation = torch.relu,
-    generator: torch.Generator,
-) -> Propagation:
-    """Measure second moments in many random networks, forward and backward.
-
-    Parameters
-    ----------
-    inputs, widths, n_networks, weight_scale, bias_variance, mode, activation, generator
-        As in :func:`preactivations`. Networks are treated in groups, so that memory stays bounded.
-
-    Returns
-    -------
-    Propagation
-        For each network and layer the mean squares of preactivations, of activations, and of the derivatives of a
-        readout, ``Σ_i u_i a_i`` over the last activations with u_i ~ N(0, 1), by the preactivations.
-
-    Raises
-    ------
-    ValueError
-        As :func:`preactivations`.
-    """
-    _require_network(inputs, widths, n_networks, weight_scale, bias_variance, mode, generator)
-    weights = sum(a * b for a, b in pairwise((inputs.shape[1], *widths)))
-    at_once = max(1, WEIGHTS_AT_ONCE // max(weights, len(inputs) * sum(widths)))
-    scales = {"weight_scale": weight_scale, "bias_variance": bias_variance, "mode": mode, "activation": activation}
-    groups = []
-    for first in range(0, n_networks, at_once):
-        size = min(at_once, n_networks - first)
-        with torch.enable_grad():
-            layers = preactivations(inputs, widths, n_networks=size, **scales, generator=generator)
-            last = activation(layers[-1])
-            readout = _normal((size, 1, widths[-1]), last, generator)
-            gradients = torch.autograd.grad((last * readout).sum(), layers)
-        with torch.no_grad():
-            signals = (layers, map(activation, layers), gradients)
-            groups.append([torch.stack([_mean_square(x) for x in signal], dim=1) for signal in signals])
-    return Propagation(*(torch.cat(parts) for parts in zip(*groups, strict=True)))
 
 
 # Your own network
@@ -730,19 +590,19 @@ def propagation_report(
     blocks = _blocks(model)
     with torch.enable_grad():
         outputs, last = _outputs(blocks, inputs)
-        readout = _normal(last.shape, last, generator)
+        readout = torch.randn(last.shape, generator=generator, dtype=last.dtype, device=last.device)
         gradients = torch.autograd.grad((last * readout).sum(), [output for _, output in outputs])
     fans = [_fans(block.layer, shape, output.shape) for block, (shape, output) in zip(blocks, outputs, strict=True)]
-    forward, slopes = _predict_forward(blocks, fans, _mean_square(inputs[None]).item())
+    forward, slopes = _predict_forward(blocks, fans, _mean_square(inputs))
     backward = _predict_backward(blocks, fans, slopes)
     layers = [
         LayerReport(
             block.name,
             type(block.layer).__name__,
             *fan,
-            _mean_square(output[None]).item(),
+            _mean_square(output),
             predicted_forward,
-            _mean_square(gradient[None]).item(),
+            _mean_square(gradient),
             predicted_backward,
         )
         for block, fan, (_, output), gradient, predicted_forward, predicted_backward in zip(
@@ -843,97 +703,8 @@ def _predict_backward(blocks: list[_Block], fans: list[tuple[float, float]], slo
 
 
 def _weight_moment(layer: nn.Module) -> float:
-    return layer.weight.detach().double().square().mean().item()
+    return _mean_square(layer.weight)
 
 
-def _normal(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw standard normal numbers, with 24 bits: a CPU draws doubles at a quarter of the speed."""
-    return torch.randn(shape, generator=generator, device=like.device, dtype=torch.float32).to(like.dtype)
-
-
-def _mean_square(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().double().square().flatten(1).mean(1)
-
-
-# Quadrature
-
-
-_gauss_legendre = functools.cache(np.polynomial.legendre.leggauss)
-
-
-def _legendre(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-    nodes, weights = _gauss_legendre(POINTS)
-    return low + (nodes + 1) * (high - low) / 2, weights * (high - low) / 2
-
-
-def _normal_nodes(variance: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return nodes and weights for the mean over N(0, variance), each side of 0 apart: a kink there does no harm."""
-    _require_not_negative(variance=variance)
-    r, weights = _legendre(0.0, RADIUS)
-    weights = weights * np.exp(-(r**2) / 2) / math.sqrt(2 * math.pi)
-    z = math.sqrt(variance) * np.concatenate([-r, r])
-    return _tensor(z), _tensor(np.concatenate([weights, weights]))
-
-
-def _normal_pair_nodes(variance: float, correlation: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return nodes (2, points) and weights for the mean over two normal variables with one variance.
-
-    In polar coordinates, since the lines on which one of the two is 0, where a kink may be, are rays then.
-    """
-    _require_not_negative(variance=variance)
-    if not -1 <= correlation <= 1:
-        raise ValueError(f"correlation must lie between -1 and 1, got {correlation}")
-    between = math.acos(correlation)
-    ends = [-math.pi / 2, between - math.pi / 2, math.pi / 2, between + math.pi / 2, 3 * math.pi / 2]
-    sectors = [_legendre(low, high) for low, high in pairwise(ends)]
-    angle, of_angle = (np.concatenate(parts) for parts in zip(*sectors, strict=True))
-    r, of_r = _legendre(0.0, RADIUS)
-    of_r = of_r * r * np.exp(-(r**2) / 2) / (2 * math.pi)
-    directions = np.stack([np.cos(angle), np.cos(angle - between)])  # (2, angles)
-    pair = math.sqrt(variance) * directions[:, None, :] * r[:, None]  # (2, radii, angles)
-    return _tensor(pair), _tensor(of_r[:, None] * of_angle)
-
-
-def _tensor(x: np.ndarray) -> torch.Tensor:
-    return torch.tensor(x, device=runtime.device())
-
-
-def _derivative(activation: Activation, z: torch.Tensor) -> torch.Tensor:
-    with torch.enable_grad():
-        z = z.clone().requires_grad_()
-        return torch.autograd.grad(activation(z.clone()).sum(), z, materialize_grads=True)[0]
-
-
-# Rules
-
-
-def _fan(mode: str, fan_in: int, fan_out: int) -> float:
-    fans = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}
-    if mode not in fans:
-        raise ValueError(f"mode must be one of {', '.join(fans)}, got {mode!r}")
-    return fans[mode]
-
-
-def _require_network(
-    inputs: torch.Tensor,
-    widths: Sequence[int],
-    n_networks: int,
-    weight_scale: float,
-    bias_variance: float,
-    mode: str,
-    generator: torch.Generator,
-) -> None:
-    if inputs.ndim != 2:
-        raise ValueError(f"inputs must have shape (B, n_0), got {tuple(inputs.shape)}")
-    if len(widths) == 0:
-        raise ValueError(f"widths must name at least one layer, got {widths}")
-    require_at_least_one(n_networks=n_networks, widths=np.asarray(widths))
-    _require_not_negative(weight_scale=weight_scale, bias_variance=bias_variance)
-    _fan(mode, 1, 1)
-    require_same_device(generator, inputs=inputs)
-
-
-def _require_not_negative(**numbers: float) -> None:
-    for name, number in numbers.items():
-        if not (np.asarray(number) >= 0).all():
-            raise ValueError(f"{name} must not be negative, got {number}")
+def _mean_square(x: torch.Tensor) -> float:
+    return x.detach().double().square().mean().item()

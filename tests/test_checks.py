@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.lab.checks import require_at_least_one, require_between, require_positive, require_same_device
+from helpers.lab.checks import (
+    require_at_least_one,
+    require_between,
+    require_not_negative,
+    require_positive,
+    require_same_device,
+)
 
 FORMS = {
     "number": lambda number: number,
@@ -28,6 +34,24 @@ def test_what_is_not_positive_and_finite_is_refused(form, number):
 @forms
 def test_positive_numbers_pass(form):
     require_positive(std=form(1e-30))
+
+
+@forms
+@pytest.mark.parametrize("number", [-1e-30, -math.inf, math.nan])
+def test_negative_numbers_are_refused(form, number):
+    with pytest.raises(ValueError, match=re.escape(f"variance must not be negative, got {form(number)}")):
+        require_not_negative(mean=1.0, variance=form(number))
+
+
+@forms
+def test_infinite_numbers_are_refused_where_none_may_be_negative(form):
+    with pytest.raises(ValueError, match=re.escape(f"variance must be finite, got {form(math.inf)}")):
+        require_not_negative(variance=form(math.inf))
+
+
+@forms
+def test_zero_is_not_negative(form):
+    require_not_negative(variance=form(0.0))
 
 
 @forms

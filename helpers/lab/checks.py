@@ -18,6 +18,16 @@ def require_positive(**numbers: Numbers) -> None:
             raise ValueError(f"{name} must be positive and finite, got {number}")
 
 
+def require_not_negative(**numbers: Numbers) -> None:
+    """Refuse numbers, or arrays of numbers, that are negative or not finite."""
+    for name, number in numbers.items():
+        entries = _entries(number)
+        if not (entries >= 0).all():
+            raise ValueError(f"{name} must not be negative, got {number}")
+        if np.isinf(entries).any():
+            raise ValueError(f"{name} must be finite, got {number}")
+
+
 def require_at_least_one(**counts: Numbers) -> None:
     """Refuse counts, or arrays of counts, that are below 1 or not finite."""
     for name, count in counts.items():

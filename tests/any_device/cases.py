@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from helpers import gradient_noise, initialization, minibatch_loss
-from helpers.lab import checks, claims, datasets, estimates, gradients, models, runtime, training
+from helpers.lab import checks, claims, datasets, estimates, gaussian, gradients, models, runtime, training
+from helpers.lab import networks as random_networks
 
 LOSSES = {"n_batches": 5, "batch_size": 4, "mean": 1.5, "std": 0.7}
 SHIFT = dict.fromkeys(signature(minibatch_loss.shared_shift_moments).parameters, 0.7)
@@ -134,19 +135,10 @@ ELSEWHERE = [
     (gradients.flatten, lambda at: {"gradients": {"weight": at.normal(6, 4, 3), "bias": at.normal(6, 4)}}),
     (gradients.per_sample_squared_norms, problem),
     (gradients.mean_gradient, lambda at: problem(at) | {"chunk_size": 4}),
-    (initialization.second_moment, lambda at: {"activation": torch.tanh, "variance": 1.2}),
-    (initialization.variance_map, lambda at: MAP | {"variance": 1.2}),
-    (initialization.fixed_variance, lambda at: MAP | {"bias_variance": 0.1}),
-    (initialization.chi, lambda at: MAP | {"variance": 1.2}),
-    (initialization.chi, lambda at: MAP | {"variance": 1.2, "correlation": 0.3}),
-    (initialization.correlation_map, lambda at: MAP | {"variance": 1.2, "correlation": 0.3}),
-    (initialization.fixed_correlation, lambda at: MAP | {"variance": 1.2}),
-    (initialization.depth_scale, lambda at: MAP | {"bias_variance": 0.1}),
-    (initialization.edge_of_chaos, lambda at: {"activation": torch.tanh, "variance": 1.2}),
-    (initialization.preactivations, networks),
-    (initialization.preactivations, lambda at: networks(at, bias_variance=0.1, mode="fan_avg")),
-    (initialization.propagate, networks),
-    (initialization.propagate, lambda at: networks(at, bias_variance=0.1, activation=torch.tanh)),
+    (random_networks.preactivations, networks),
+    (random_networks.preactivations, lambda at: networks(at, bias_variance=0.1, mode="fan_avg")),
+    (random_networks.propagate, networks),
+    (random_networks.propagate, lambda at: networks(at, bias_variance=0.1, activation=torch.tanh)),
     (initialization.propagation_report, network),
     (initialization.propagation_report, convolutional_network),
     (checks.require_same_device, lambda at: {"generator": at.generator, "x": at.normal(3)}),
@@ -164,6 +156,10 @@ BY_VALUES = [
     (gradient_noise.gradient_noise_scale, one_sided_problem),
     (gradient_noise.two_batch_noise_scale, squared_norms),
     (gradient_noise.two_batch_noise_scale, lambda at: squared_norms(at) | {"population_size": 100}),
+    (checks.require_positive, lambda at: {"x": at.normal(3).abs() + 1}),
+    (checks.require_not_negative, lambda at: {"x": at.normal(3).abs()}),
+    (checks.require_at_least_one, lambda at: {"x": at.normal(3).abs() + 1}),
+    (checks.require_between, lambda at: {"low": -9, "high": 9, "x": at.normal(3)}),
     (datasets.augment, images),
     (estimates.mean, samples),
     (estimates.proportion, lambda at: {"events": at.normal(20, 2) > 0}),
@@ -176,6 +172,23 @@ BY_VALUES = [
     (claims.check_exact, equal),
     (claims.bounded, bound),
     (claims.check_bounded, bound),
+]
+
+# Numbers, found on the CPU wherever the book computes.
+NUMBERS = [
+    (gaussian.expectation, lambda at: {"function": torch.tanh, "variance": 1.2}),
+    (gaussian.product_expectation, lambda at: {"function": torch.tanh, "variance": 1.2, "correlation": 0.3}),
+    (gaussian.second_moment, lambda at: {"activation": torch.tanh, "variance": 1.2}),
+    (gaussian.slope_moment, lambda at: {"activation": torch.tanh, "variance": 1.2}),
+    (gaussian.slope_moment, lambda at: {"activation": torch.tanh, "variance": 1.2, "correlation": 0.3}),
+    (initialization.variance_map, lambda at: MAP | {"variance": 1.2}),
+    (initialization.fixed_variance, lambda at: MAP | {"bias_variance": 0.1}),
+    (initialization.chi, lambda at: MAP | {"variance": 1.2}),
+    (initialization.chi, lambda at: MAP | {"variance": 1.2, "correlation": 0.3}),
+    (initialization.correlation_map, lambda at: MAP | {"variance": 1.2, "correlation": 0.3}),
+    (initialization.fixed_correlation, lambda at: MAP | {"variance": 1.2}),
+    (initialization.depth_scale, lambda at: MAP | {"bias_variance": 0.1}),
+    (initialization.edge_of_chaos, lambda at: {"activation": torch.tanh, "variance": 1.2}),
 ]
 
 # Build a model, on the CPU, whose parameters then move.

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 
 import helpers
 from helpers.gradient_noise import batch_noise
+from helpers.lab import runtime
 from helpers.lab.datasets import Split, augment
 from helpers.lab.models import mlp
 from helpers.lab.training import train
@@ -30,7 +31,7 @@ from tests.any_device.another_device import (
     run_elsewhere,
     run_model_elsewhere,
 )
-from tests.any_device.cases import BY_VALUES, CHOOSE_THE_DEVICE, ELSEWHERE, MODELS
+from tests.any_device.cases import BY_VALUES, CHOOSE_THE_DEVICE, ELSEWHERE, MODELS, NUMBERS
 
 # FakeTensorMode itself calls it.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -78,7 +79,7 @@ SAMPLERS_GIVEN_TENSORS = [row for row in ELSEWHERE + BY_VALUES if is_sampler_giv
 
 def test_every_public_tensor_function_of_the_helpers_has_a_case():
     wanted = {function for function in public_functions() if handles_tensors(function)}
-    assert {row[0] for row in ELSEWHERE + BY_VALUES + MODELS} | set(CHOOSE_THE_DEVICE) == wanted
+    assert {row[0] for row in ELSEWHERE + BY_VALUES + NUMBERS + MODELS} | set(CHOOSE_THE_DEVICE) == wanted
 
 
 def test_tensor_functions_are_recognised_by_their_signature():
@@ -106,6 +107,13 @@ def test_tells_every_tensor_its_device(function, arguments):
 def test_is_excused_from_the_other_device_because_it_looks_at_values(function, arguments):
     with pytest.raises((LooksAtValues, RuntimeError), match=r"looks at values|numpy"):
         run_elsewhere(function, arguments)
+
+
+@pytest.mark.parametrize(("function", "arguments"), NUMBERS, ids=name)
+def test_numbers_are_found_on_the_cpu_wherever_the_book_computes(function, arguments, monkeypatch):
+    expected = function(**arguments(on_the_cpu()))
+    monkeypatch.setattr(runtime, "device", lambda: torch.device("meta"))
+    assert run_by_values(function, arguments) == expected
 
 
 @pytest.mark.parametrize(("build", "options", "inputs"), MODELS, ids=name)

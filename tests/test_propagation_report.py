@@ -1,0 +1,432 @@
+"""The report on a network: what it measured against plain passes, what it predicted against averages and theory."""
+
+import copy
+import math
+import re
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from scipy import stats
+from torch import nn
+from torch.nn import functional as F
+
+from helpers.initialization import (
+    LayerReport,
+    PropagationReport,
+    chi,
+    he_variance,
+    propagation_report,
+    variance_map,
+)
+from helpers.lab.runtime import generator
+
+FALSE_ALARM = 1e-6
+
+
+def is_standard_normal(z):
+    """Whether no entry of independent z-scores is larger than chance allows."""
+    z = np.atleast_1d(z)
+    return bool((np.abs(z) < stats.norm.isf(FALSE_ALARM / 2 / z.size)).all())
+
+
+def z_score(samples, expected):
+    """Return by how many of its standard errors the mean of each column misses what is expected."""
+    samples = np.asarray(samples)
+    return (samples.mean(0) - expected) / (samples.std(0, ddof=1) / math.sqrt(len(samples)))
+
+
+def batch(*shape, dtype=torch.float64):
+    source = generator("test.report.batch")
+    return torch.randn(shape, generator=source, device=source.device, dtype=dtype)
+
+
+def drawn(shape, source):
+    return torch.randn(shape, generator=source, device=source.device, dtype=torch.float64)
+
+
+def report(model, inputs, **options):
+    return propagation_report(model, inputs, generator=generator("test.report"), **options)
+
+
+def double(model, stream="test.report.model"):
+    """Return a model in double precision, with normal weights and biases drawn anew."""
+    source = generator(stream)
+    model = model.double().to(source.device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=source)
+    return model
+
+
+def test_report_of_a_linear_network_equals_matrix_products():
+    model = double(nn.Sequential(nn.Linear(3, 5), nn.Identity(), nn.Linear(5, 2, bias=False)))
+    inputs = batch(6, 3)
+    found = report(model, inputs)
+    first, second = model[0], model[2]
+    z = inputs @ first.weight.T + first.bias
+    source = generator("test.report")
+    readout = drawn((6, 2), source)
+    assert [(layer.name, layer.kind) for layer in found.layers] == [("0", "Linear"), ("2", "Linear")]
+    assert [(layer.fan_in, layer.fan_out) for layer in found.layers] == [(3, 5), (5, 2)]
+    w, v, b = (x.square().mean().item() for x in (first.weight, second.weight, first.bias))
+    moment = 3 * w * inputs.square().mean().item() + b
+    expected = {
+        "forward": [z.square().mean().item(), (z @ second.weight.T).square().mean().item()],
+        "backward": [(readout @ second.weight).square().mean().item(), readout.square().mean().item()],
+        "predicted_forward": [moment, 5 * v * moment],
+        "predicted_backward": [2 * v, 1],
+    }
+    for name, values in expected.items():
+        assert [getattr(layer, name) for layer in found.layers] == pytest.approx(values, rel=1e-10)
+
+
+def test_readout_is_of_the_shape_of_the_last_activations():
+    model = double(nn.Sequential(nn.Linear(3, 5), nn.ReLU()))
+    inputs = batch(6, 3)
+    source = generator("test.report")
+    readout = drawn((6, 5), source)
+    [layer] = report(model, inputs).layers
+    expected = (readout * (model[0](inputs) > 0)).square().mean().item()
+    assert layer.backward == pytest.approx(expected, rel=1e-12)
+    assert layer.predicted_backward == pytest.approx(0.5, rel=1e-12)
+
+
+CONVOLUTIONS = [
+    (nn.Conv1d(4, 6, 3), (4, 9)),
+    (nn.Conv1d(4, 6, 5, stride=2, padding=3, groups=2), (4, 9)),
+    (nn.Conv1d(2, 3, 2, dilation=3, padding=1, stride=3), (2, 10)),
+    (nn.Conv1d(2, 3, 5, padding="same", dilation=2), (2, 7)),
+    (nn.Conv2d(3, 4, 3, padding=1), (3, 5, 4)),
+    (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2), groups=2), (4, 6, 5)),
+    (nn.Conv2d(4, 4, 3, padding=2, groups=4), (4, 3, 4)),
+    (nn.Conv3d(2, 4, (2, 3, 1), stride=(1, 2, 1), padding=(1, 1, 0), dilation=(2, 1, 1), groups=2), (2, 4, 5, 3)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS, ids=str)
+def test_fans_of_convolutions_count_links(layer, shape):
+    model = double(nn.Sequential(copy.deepcopy(layer)))
+    [found] = report(model, batch(2, *shape)).layers
+    links = torch.autograd.functional.jacobian(lambda x: model(x[None])[0], batch(*shape))
+    n_outputs = links.numel() // math.prod(shape)
+    n_links = torch.count_nonzero(links).item()
+    assert found.kind == type(layer).__name__
+    assert found.fan_in == pytest.approx(n_links / n_outputs, rel=1e-6)
+    assert found.fan_out == pytest.approx(n_links / math.prod(shape), rel=1e-6)
+
+
+def test_fan_in_of_a_convolution_without_a_border_is_that_of_torch():
+    layer = nn.Conv2d(3, 8, (3, 2))
+    [found] = report(nn.Sequential(layer), batch(2, 3, 6, 7).float()).layers
+    assert found.fan_in == nn.init._calculate_fan_in_and_fan_out(layer.weight)[0]
+
+
+def test_predictions_equal_averages_over_initializations():
+    # Inputs of size 1, so that the border of the image is nothing special.
+    inputs = batch(3, 2, 5, 4).sign()
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 10),
+        nn.ReLU(),
+        nn.Linear(10, 6, bias=False),
+        nn.ReLU(),
+    )
+    source = generator("test.report.predictions")
+    differences = []
+    for repetition in range(300):
+        double(model, f"test.report.predictions.{repetition}")
+        layers = propagation_report(model, inputs, generator=source).layers
+        for layer in layers:
+            assert layer.predicted_forward > 0
+        differences.append(
+            [(layer.forward - layer.predicted_forward, layer.backward - layer.predicted_backward) for layer in layers]
+        )
+    differences = np.array(differences)
+    assert is_standard_normal(z_score(differences, 0).flatten())
+
+
+def test_predictions_of_other_activations_follow_the_mean_field():
+    model = double(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.GELU(), nn.Tanh()))
+    inputs = batch(6, 3)
+    first, second = report(model, inputs).layers
+    w, v = (model[k].weight.square().mean().item() for k in (0, 2))
+    b, c = (model[k].bias.square().mean().item() for k in (0, 2))
+    variance = 3 * w * inputs.square().mean().item() + b
+    assert first.predicted_forward == pytest.approx(variance, rel=1e-10)
+    after = variance_map(torch.tanh, variance, weight_scale=5 * v, bias_variance=c)
+    assert second.predicted_forward == pytest.approx(after, rel=1e-10)
+    slope = chi(lambda z: torch.tanh(F.gelu(z)), after, weight_scale=1.0)
+    assert second.predicted_backward == pytest.approx(slope, rel=1e-10)
+    expected = slope * chi(torch.tanh, variance, weight_scale=4 * v)
+    assert first.predicted_backward == pytest.approx(expected, rel=1e-10)
+
+
+def values_of(found):
+    return [
+        (layer.forward, layer.backward, layer.predicted_forward, layer.predicted_backward) for layer in found.layers
+    ]
+
+
+def small_model(**options):
+    return double(nn.Sequential(nn.Linear(3, 5), nn.ReLU(**options), nn.Linear(5, 4), nn.ReLU(**options)))
+
+
+def test_nested_models_are_reported_as_flat_ones():
+    flat = small_model()
+    nested = nn.Sequential(
+        OrderedDict(body=nn.Sequential(nn.Sequential(flat[0], flat[1])), head=nn.Sequential(flat[2], flat[3]))
+    )
+    inputs = batch(6, 3)
+    assert values_of(report(nested, inputs)) == values_of(report(flat, inputs))
+    assert [layer.name for layer in report(nested, inputs).layers] == ["body.0.0", "head.0"]
+
+
+def test_one_activation_may_serve_many_layers():
+    model, inputs, relu = small_model(), batch(6, 3), nn.ReLU()
+    shared = nn.Sequential(model[0], relu, model[2], relu)
+    assert values_of(report(shared, inputs)) == values_of(report(model, inputs))
+
+
+def test_one_linear_layer_may_serve_twice():
+    layer, inputs = nn.Linear(3, 3), batch(6, 3).float()
+    apart = nn.Sequential(layer, nn.Tanh(), copy.deepcopy(layer), nn.Tanh())
+    assert values_of(report(nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh()), inputs)) == values_of(
+        report(apart, inputs)
+    )
+
+
+def test_activations_in_place_are_reported_as_others():
+    inputs = batch(6, 3)
+    assert values_of(report(small_model(inplace=True), inputs)) == values_of(report(small_model(), inputs))
+
+
+@pytest.mark.parametrize("frozen", [[0], [2], [0, 2]])
+def test_frozen_parameters_are_reported_as_others(frozen):
+    model, inputs = small_model(), batch(6, 3)
+    expected = values_of(report(model, inputs))
+    for k in frozen:
+        model[k].requires_grad_(False)
+    assert values_of(report(model, inputs)) == expected
+
+
+def test_report_works_without_autograd():
+    inputs = batch(6, 3)
+    with torch.no_grad():
+        found = report(small_model(), inputs)
+    assert values_of(found) == values_of(report(small_model(), inputs))
+
+
+def test_images_may_be_flattened_and_unflattened():
+    model = double(
+        nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Unflatten(1, (2, 4)), nn.Tanh(), nn.Conv1d(2, 3, 2))
+    )
+    inputs = batch(6, 3, 4)
+    first, second = report(model, inputs).layers
+    assert (first.name, first.fan_in, second.name, second.fan_in) == ("1", 12, "4", 4)
+    assert first.forward == pytest.approx(model[:2](inputs).square().mean().item(), rel=1e-12)
+    assert second.forward == pytest.approx(model(inputs).square().mean().item(), rel=1e-12)
+
+
+def test_report_changes_neither_model_nor_inputs_nor_the_global_generator():
+    model, inputs = small_model(inplace=True), batch(6, 3)
+    model(inputs).sum().backward()
+    state = copy.deepcopy(model.state_dict())
+    gradients = [p.grad.clone() for p in model.parameters()]
+    copied, before = inputs.clone(), torch.random.get_rng_state()
+    report(model, inputs)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert torch.equal(inputs, copied)
+    assert not inputs.requires_grad
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+class OwnForward(nn.Sequential):
+    """Adds its inputs to its outputs, as a residual block does."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [
+        (
+            nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3))),
+            "layers must be linear and convolutional layers, activations, Flatten and Unflatten, "
+            "got BatchNorm1d at 1.1",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 3), OwnForward(nn.Linear(3, 3))),
+            "layers must be linear and convolutional layers, activations, Flatten and Unflatten, got OwnForward at 1",
+        ),
+        (
+            nn.ModuleList([nn.Linear(3, 3)]),
+            "layers must be linear and convolutional layers, activations, Flatten and Unflatten, "
+            "got ModuleList at the top",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 3), nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular")),
+            "layer 1 must pad with zeros, got padding_mode 'circular'",
+        ),
+        (
+            nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(3, 3)),
+            "the first layer must be linear or convolutional, got ReLU",
+        ),
+        (nn.Sequential(), "model must hold a linear or convolutional layer, got none"),
+        (nn.Sequential(nn.Flatten()), "model must hold a linear or convolutional layer, got none"),
+    ],
+)
+def test_report_names_what_it_does_not_know(model, rule):
+    with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
+        report(model, batch(6, 3).float())
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.5, math.nan])
+def test_report_needs_a_limit_above_one(limit):
+    with pytest.raises(ValueError, match=f"^limit must be above 1, got {limit}$"):
+        report(small_model(), batch(6, 3), limit=limit)
+    assert report(small_model(), batch(6, 3), limit=1.1).limit == 1.1
+
+
+def made_up(forward, backward, limit=100.0):
+    layers = [
+        LayerReport(f"layer{k}", "Linear", 3.0, 4.0, one, 1.0, other, 2.0)
+        for k, (one, other) in enumerate(zip(forward, backward, strict=True))
+    ]
+    return PropagationReport(tuple(layers), limit)
+
+
+FINE = [1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("moments", "first", "first_backward"),
+    [
+        (FINE, None, None),
+        ([1.0, 100.0, 0.01, 1.0], None, None),
+        ([2.0, 200.0, 201.0, 2.0], "layer2", "layer2"),
+        ([2.0, 0.02, 0.0199, 2.0], "layer2", "layer2"),
+        ([1.0, 20.0, 400.0, 8000.0], "layer2", "layer1"),
+        ([8000.0, 400.0, 20.0, 1.0], "layer2", "layer1"),
+        ([1.0, math.nan, 1.0, 1.0], "layer1", "layer1"),
+        ([1.0, math.inf, math.nan, 1.0], "layer1", "layer2"),
+        ([math.nan] * 4, "layer0", "layer3"),
+        ([math.inf] * 4, "layer0", "layer3"),
+        ([0.0] * 4, "layer0", "layer3"),
+        ([1.0, 1.0, 0.0, 0.0], "layer2", "layer3"),
+    ],
+)
+def test_the_first_layer_beyond_the_limits_is_named(moments, first, first_backward):
+    forward, backward = made_up(moments, FINE), made_up(FINE, moments)
+    assert (forward.first_bad_forward, forward.first_bad_backward) == (first, None)
+    assert (backward.first_bad_forward, backward.first_bad_backward) == (None, first_backward)
+    if first is not None:
+        assert forward.verdict == f"values first go wrong at layer {first}"
+        assert backward.verdict == f"gradients first go wrong at layer {first_backward}"
+
+
+def test_verdict_speaks_of_both_directions():
+    both = made_up([1.0, 9.0], [1.0, 10.0], limit=8.0)
+    assert both.verdict == "values first go wrong at layer layer1; gradients first go wrong at layer layer0"
+    assert made_up(FINE, FINE, limit=8.0).verdict == "all second moments stay within a factor of 8"
+
+
+def deep_model(std, depth=12, width=50):
+    model = nn.Sequential(*[module for _ in range(depth) for module in (nn.Linear(width, width), nn.ReLU())])
+    source = generator("test.report.deep")
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight.normal_(0, std, generator=source)
+            layer.bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize(("factor", "wrong"), [(0.1, True), (0.5, False), (4.0, True)])
+def test_report_tells_exploding_and_vanishing_signals_from_kept_ones(factor, wrong):
+    # Second moments change by 2 `factor` a layer.
+    found = report(
+        deep_model(math.sqrt(2 * factor / 50) if wrong else math.sqrt(he_variance(50))), batch(40, 50).float()
+    )
+    assert (found.first_bad_forward is not None) == wrong
+    assert (found.first_bad_backward is not None) == wrong
+    assert found.limit == 100
+
+
+def test_report_of_a_network_that_overflows_names_the_layer():
+    model = deep_model(1e7)
+    found = report(model, batch(4, 50).float())
+    assert found.first_bad_forward == "2"
+    assert not math.isfinite(found.layers[-1].forward)
+    assert found.first_bad_backward is not None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_report_of_a_network_that_has_diverged_names_the_layer(value):
+    model = deep_model(math.sqrt(he_variance(50)), depth=4)
+    with torch.no_grad():
+        model[2].weight[0, 0] = value
+    found = report(model, batch(4, 50).float())
+    assert found.first_bad_forward == "2"
+    assert math.isnan(found.layers[-1].predicted_forward)
+    assert math.isnan(found.layers[-1].predicted_backward)
+    assert math.isfinite(found.layers[0].predicted_forward)
+    assert "nan" in str(found)
+
+
+def test_report_of_inputs_that_are_not_numbers_names_the_first_layer():
+    found = report(small_model(), batch(6, 3) * math.nan)
+    assert found.first_bad_forward == "0"
+
+
+def test_report_prints_a_table():
+    layers = (
+        LayerReport("body.0", "Conv2d", 27.0, 12.3456, 1234.5, 0.0123, 1e-9, 2.0),
+        LayerReport("7", "Linear", 3.0, 4.0, 1200.0, math.nan, 1.0, 1.0),
+    )
+    assert str(PropagationReport(layers, 100.0)) == (
+        " layer    kind  fan in  fan out  forward  predicted  backward  predicted\n"
+        "body.0  Conv2d      27    12.35  1.2e+03      0.012     1e-09          2\n"
+        "     7  Linear       3        4  1.2e+03        nan         1          1\n"
+        "gradients first go wrong at layer body.0"
+    )
+
+
+def test_report_shows_itself_as_an_html_table():
+    layers = (
+        LayerReport("<b>&", "Conv2d", 27.0, 12.3456, 1234.5, 0.0123, 1e-9, 2.0),
+        LayerReport("7", "Linear", 3.0, 4.0, 1200.0, 5.0, 1.0, 1.0),
+    )
+    text = PropagationReport(layers, 100.0)._repr_html_()
+    columns = ["layer", "kind", "fan in", "fan out", "forward", "predicted", "backward", "predicted"]
+    rows = re.findall(r"<tr>(.*?)</tr>", text)
+    assert re.findall(r'<th scope="col">(.*?)</th>', rows[0]) == columns
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in rows[1:]]
+    first = ["&lt;b&gt;&amp;", "Conv2d", "27", "12.35", "1.2e+03", "0.012", "1e-09", "2"]
+    assert cells == [first, ["7", "Linear", "3", "4", "1.2e+03", "5", "1", "1"]]
+    assert text.startswith('<table class="claims"><thead><tr>')
+    assert text.endswith("</table><p>gradients first go wrong at layer &lt;b&gt;&amp;</p>")
+
+
+def test_figure_shows_what_was_measured_beside_what_was_predicted():
+    found = report(small_model(), batch(6, 3))
+    figure = found.figure()
+    try:
+        assert isinstance(figure, Figure)
+        for ax, way in zip(figure.axes, ("forward", "backward"), strict=True):
+            lines = {line.get_label(): line for line in ax.lines}
+            assert set(lines) == {"predicted", "measured"}
+            assert ax.get_yscale() == "log"
+            assert ax.get_ylabel() == f"second moment, {way}"
+            for label, name in (("measured", way), ("predicted", f"predicted_{way}")):
+                x, y = lines[label].get_data()
+                np.testing.assert_array_equal(x, [1, 2])
+                np.testing.assert_array_equal(y, [getattr(layer, name) for layer in found.layers])
+    finally:
+        plt.close(figure)
