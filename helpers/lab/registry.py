@@ -62,7 +62,7 @@ class RegisteredClaim:
     @property
     def sources(self) -> list[str]:
         """Its sections and problems, one by one."""
-        return [] if self.source == BEYOND else re.split(r",\s*", self.source)
+        return [] if self.source == BEYOND else split(self.source)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ class Place:
     def chapter(self) -> str:
         """Name of the chapter."""
         return PurePosixPath(self.page).name
+
+
+def split(source: str) -> list[str]:
+    """Return the sections and problems that a source names, separated by commas."""
+    return [part for part in re.split(r",\s*", source) if part]
 
 
 def read_chapters(registry: Traversable = REGISTRY) -> dict[str, Chapter]:

@@ -1,0 +1,170 @@
+"""What the book says of its chapters, made from the registry and ``_toc.yml``.
+
+``{parts}`` is the table of parts and chapters, ``{sources}`` the rows of the source
+map, ``{modules}`` the table of the reference; the reference's page of a chapter's
+module is written before Sphinx looks for pages.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from docutils import nodes
+from docutils.statemachine import StringList
+from helpers.lab import registry
+from sphinx.util.docutils import SphinxDirective
+
+TO_COME = "book/to_come.yml"
+REFERENCE = "book/api"
+MODULE_PAGE = """\
+# Chapter {number}: `helpers.{chapter}`
+
+```{{eval-rst}}
+.. automodule:: helpers.{chapter}
+   :members:
+```
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A chapter, with a place in the book unless it is still to come."""
+
+    part: str
+    title: str
+    sources: set
+    place: registry.Place | None = None
+
+    @property
+    def link(self):
+        if self.place is None:
+            return self.title
+        return f"{{doc}}`{self.place.number} {self.title} </{self.place.page}>`"
+
+    @property
+    def state(self):
+        return "to come" if self.place is None else "ready"
+
+
+def entries(root):
+    """Return every chapter: those in the book, then those to come."""
+    places = registry.places(root / "_toc.yml")
+    listed = []
+    for place in places:
+        chapter = registry.read_chapter(place.chapter, root / "helpers/registry")
+        sources = {source for claim in chapter.claims for source in claim.sources}
+        listed.append(Entry(place.part, chapter.title, sources, place))
+    written = {place.chapter for place in places}
+    plan = yaml.safe_load((root / TO_COME).read_text(encoding="utf-8"))
+    return listed + [
+        Entry(part, chapter["title"], set(registry.split(chapter["source"])))
+        for part, chapters in plan.items()
+        for name, chapter in chapters.items()
+        if name not in written
+    ]
+
+
+def table(header, rows):
+    """Return the lines of a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+class Made(SphinxDirective):
+    """A table whose rows are made: a subclass says which."""
+
+    has_content = True
+
+    def run(self):
+        root = Path(self.env.srcdir)
+        for path in ("_toc.yml", TO_COME):
+            self.env.note_dependency(str(root / path))
+        for path in (root / "helpers/registry").glob("*.yml"):
+            self.env.note_dependency(str(path))
+        lines = self.lines(root)
+        parent = nodes.Element()
+        text = StringList(lines, source=self.get_source_info()[0])
+        self.state.nested_parse(text, self.content_offset, parent)
+        return parent.children
+
+
+class Parts(Made):
+    """A row for each chapter, and for each part one of what is still to come."""
+
+    def lines(self, root):
+        chapters, rows = entries(root), []
+        for part in sorted({chapter.part for chapter in chapters}, key=roman):
+            of_part = [chapter for chapter in chapters if chapter.part == part]
+            ready = [[chapter.link, "ready"] for chapter in of_part if chapter.place]
+            waiting = [chapter.title for chapter in of_part if not chapter.place]
+            if waiting:
+                ready.append([", ".join(waiting), "to come"])
+            names = [part] + [""] * (len(ready) - 1)
+            rows += [[name, *cells] for name, cells in zip(names, ready, strict=True)]
+        return table(["part", "chapters", "state"], rows)
+
+
+def roman(part):
+    """Order captions such as "IV · Applications" by their number."""
+    values = {"I": 1, "V": 5, "X": 10}
+    digits = [values[letter] for letter in part.partition(" ")[0]]
+    following = [*digits[1:], 0]
+    return sum(-x if x < y else x for x, y in zip(digits, following, strict=True))
+
+
+class Sources(Made):
+    """The source map: a line says section, subject and problems; chapters are made."""
+
+    def lines(self, root):
+        chapters, rows = entries(root), []
+        for line in self.content:
+            section, subject, problems = (cell.strip() for cell in line.split("|"))
+            wanted = {section, *registry.split(problems)}
+            treating = [chapter for chapter in chapters if chapter.sources & wanted]
+            links = ", ".join(chapter.link for chapter in treating)
+            states = dict.fromkeys(chapter.state for chapter in treating)
+            state = ", ".join(states) if len(states) == 1 else "in part"
+            rows.append([section, subject, problems, links, state])
+        return table(["source", "subject", "problems", "chapters", "state"], rows)
+
+
+class Modules(Made):
+    """The reference's table: rows written out, then one for each chapter's module."""
+
+    def lines(self, root):
+        rows = [[cell.strip() for cell in line.split("|")] for line in self.content]
+        for place in registry.places(root / "_toc.yml"):
+            chapter = registry.read_chapter(place.chapter, root / "helpers/registry")
+            link = f"{{doc}}`helpers.{chapter.name} </{REFERENCE}/{chapter.name}>`"
+            rows.append([link, f"chapter {place.number}: {chapter.module}"])
+        return table(["module", "holds"], rows)
+
+
+def write_module_pages(app, config):
+    """Write the page of each chapter's module, where it is not there already."""
+    root = Path(app.srcdir)
+    for place in registry.places(root / "_toc.yml"):
+        page = root / REFERENCE / f"{place.chapter}.md"
+        text = MODULE_PAGE.format(number=place.number, chapter=place.chapter)
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            page.parent.mkdir(exist_ok=True)
+            page.write_text(text, encoding="utf-8")
+
+
+def offer_no_edit(app, pagename, templatename, context, doctree):
+    """A page that is made has no source that a reader could edit."""
+    made = {
+        f"{REFERENCE}/{place.chapter}"
+        for place in registry.places(Path(app.srcdir) / "_toc.yml")
+    }
+    if pagename in made:
+        context["page_source_suffix"] = ""
+
+
+def setup(app):
+    app.add_directive("parts", Parts)
+    app.add_directive("sources", Sources)
+    app.add_directive("modules", Modules)
+    app.connect("config-inited", write_module_pages)
+    app.connect("html-page-context", offer_no_edit, priority=100)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
