@@ -23,6 +23,7 @@ DEVICE_NAME = re.compile(r"(cpu|cuda(:\d+)?|mps)")
 EXEMPT = {"helpers/lab/runtime.py", "helpers/lab/reseed.py"}
 
 
+REFERENCE = "book/api"  # the page of a chapter's module there is made when the book is built
 MOST_WORDS, MOST_LINES, MOST_LINES_A_SECTION = 3_000, 150, 15
 # Chapters that still have to be shortened: the set only shrinks.
 UNREVISED = {"minibatch_loss", "gradient_noise", "initialization"}
@@ -71,12 +72,13 @@ def toc_entries(root):
 
 
 def missing_pages(root):
-    """Every file in _toc.yml exists, and every notebook and page under book/ is in it."""
+    """Every file in _toc.yml exists or is made, and every notebook and page under book/ is in it."""
     listed = toc_entries(root)
+    made = {f"{REFERENCE}/{place.chapter}" for place in registry.places(root / "_toc.yml")}
     problems = [
         f"_toc.yml: {entry} does not exist"
         for entry in listed
-        if not any((root / f"{entry}{suffix}").exists() for suffix in (".md", ".ipynb"))
+        if entry not in made and not any((root / f"{entry}{suffix}").exists() for suffix in (".md", ".ipynb"))
     ]
     pages = {path for path, *_ in notebooks(root)} | {path for path, *_ in texts(root)}
     unlisted = [page for page in sorted(pages) if page.relative_to(root).with_suffix("").as_posix() not in listed]
@@ -194,6 +196,7 @@ def unresolved_references(root):
         for pattern in (r"^:label: *(\S+)", r"^:name: *(\S+)", r"^\(([^()\s]+)\)=$")
         for label in re.findall(pattern, text, flags=re.MULTILINE)
     }
+    pages = toc_entries(root)
     glued = defaultdict(set)
     for path, cells in notebooks(root):
         for cell in cells:
@@ -207,7 +210,7 @@ def unresolved_references(root):
         if role == "term":
             return target.lower() in terms
         if role == "doc":
-            return any((path.parent / f"{target}{suffix}").exists() for suffix in (".md", ".ipynb"))
+            return (path.parent / target).resolve().relative_to(root.resolve()).as_posix() in pages
         if role == "glue:text":
             name, _, rest = target.partition("::")
             return rest.split(":")[0] in glued[(path.parent / name).resolve()]
@@ -222,14 +225,52 @@ def unresolved_references(root):
     return problems
 
 
+def incomplete_chapters(root):
+    """A chapter has notebook, module, registry file and tests of one name, and its module a page in the reference."""
+    pages, problems = toc_entries(root), []
+    registered = registry.read_chapters(root / "helpers/registry")
+    listed = registry.places(root / "_toc.yml")
+    titles = {path.relative_to(root).with_suffix("").as_posix(): source(cells[0]) for path, cells in notebooks(root)}
+    for chapter, page in ((place.chapter, place.page) for place in listed):
+        files = [
+            f"{page}.ipynb",
+            f"helpers/{chapter}.py",
+            f"helpers/registry/{chapter}.yml",
+            f"tests/test_{chapter}*.py",
+        ]
+        problems += [f"{chapter} has no {file}" for file in files if not any(root.glob(file))]
+        if f"{REFERENCE}/{chapter}" not in pages:
+            problems.append(f"{chapter} has no line {REFERENCE}/{chapter} in _toc.yml")
+        if chapter in registered and page in titles:
+            title = f"# {registered[chapter].title}"
+            if titles[page].splitlines()[0] != title:
+                problems.append(f"{page}.ipynb does not begin with its registered title: {title}")
+    unlisted = registered.keys() - {place.chapter for place in listed}
+    return problems + [f"{chapter} is registered, but no chapter of _toc.yml" for chapter in sorted(unlisted)]
+
+
+def source_rows(root):
+    """Section and problems of each row of the source map."""
+    rows = [line.split("|") for line in (root / "book/source_map.md").read_text(encoding="utf-8").splitlines()]
+    return [{row[0].strip(), *registry.split(row[2].strip())} for row in rows if len(row) == 3]
+
+
 def unmapped_sources(root):
-    """Every source section and problem number of the registry stands in source_map.md."""
-    rows = [line for line in (root / "book" / "source_map.md").read_text(encoding="utf-8").splitlines() if "|" in line]
-    return [
+    """Every source of a chapter, written or to come, stands in source_map.md, and every row there has its chapter."""
+    rows = source_rows(root)
+    parts = yaml.safe_load((root / "book/to_come.yml").read_text(encoding="utf-8"))
+    named = {id: set(claim.sources) for id, claim in registered_claims(root).items()}
+    for chapters in parts.values():
+        named |= {name: set(registry.split(chapter["source"])) for name, chapter in chapters.items()}
+    problems = [
         f"{id} has the source {part}, which no row of source_map.md names"
-        for id, claim in registered_claims(root).items()
-        for part in claim.sources
-        if not any(re.search(rf"{re.escape(part)}(?![\d.])", row) for row in rows)
+        for id, sources in named.items()
+        for part in sorted(sources - set().union(*rows))
+    ]
+    return problems + [
+        f"no chapter has the sources of a row of source_map.md: {', '.join(sorted(row))}"
+        for row in rows
+        if row.isdisjoint(set().union(*named.values()))
     ]
 
 
@@ -346,9 +387,41 @@ def disagreeing_packages(root):
     return problems
 
 
+def undocumented_modules(root):
+    """Every module of the bench stands on a page of the reference."""
+    pages = "".join(path.read_text(encoding="utf-8") for path in sorted((root / REFERENCE).glob("*.md")))
+    documented = re.findall(r"automodule:: helpers\.lab\.(\w+)$", pages, flags=re.MULTILINE)
+    modules = sorted(path.stem for path in (root / "helpers/lab").glob("[!_]*.py"))
+    return [f"helpers.lab.{name} is on no page of {REFERENCE}" for name in modules if name not in documented]
+
+
+def names_of_the_bench(root):
+    """What notebooks import from helpers.lab is what it offers: no name more, none less."""
+    offered = set()
+    for node in ast.walk(ast.parse((root / "helpers/lab/__init__.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            offered = set(ast.literal_eval(node.value))
+    imported = {
+        alias.name
+        for _, cells in notebooks(root)
+        for cell in cells
+        if cell["cell_type"] == "code"
+        for node in ast.walk(ast.parse(source(cell)))
+        if isinstance(node, ast.ImportFrom) and node.module == "helpers.lab"
+        for alias in node.names
+    }
+    return [
+        *(f"helpers.lab offers {name}, which no notebook uses" for name in sorted(offered - imported)),
+        *(f"a notebook imports {name}, which helpers.lab does not offer" for name in sorted(imported - offered)),
+    ]
+
+
 PROMISES = (
     disagreeing_packages,
     missing_pages,
+    incomplete_chapters,
+    undocumented_modules,
+    names_of_the_bench,
     unmatched_claims,
     repeated_cases,
     unexecuted_cells,

@@ -42,7 +42,9 @@ def claim_output(id="chapter.claim", passed=True, case=""):
 FIGURE = {"output_type": "display_data", "data": {"image/png": "…"}, "metadata": {}}
 DESCRIBED = {"image": {"alt": "A line."}, "figure": {"caption": "See the line.", "name": "fig-line"}}
 GLUED = {"output_type": "display_data", "data": {}, "metadata": {"scrapbook": {"name": "number"}}}
-PROSE = """
+PROSE = """\
+# A chapter
+
 {prf:ref}`chapter.claim` {numref}`fig-line` {term}`batches <batch>` {term}`Batch` {cite:t}`one, two` {doc}`../page`
 {ref}`here <a-label>` {glue:text}`chapter.ipynb::number:s`
 ```{prf:theorem}
@@ -57,7 +59,7 @@ PROSE = """
 def chapter_cells():
     return [
         markdown_cell(PROSE),
-        code_cell("x = 1", 1, [claim_output(), GLUED], id="first"),
+        code_cell("from helpers.lab import device", 1, [claim_output(), GLUED], id="first"),
         code_cell("", None, id="empty"),
         code_cell("draw()", 2, [FIGURE], id="figure", mystnb=DESCRIBED),
     ]
@@ -66,13 +68,18 @@ def chapter_cells():
 @pytest.fixture
 def root(tmp_path):
     files = {
-        "_toc.yml": "root: book/page\nparts:\n  - chapters:\n      - file: book/part/chapter\n"
-        "      - file: book/source_map\n      - file: book/errata\n",
+        "_toc.yml": "root: book/page\nparts:\n"
+        "- {caption: I, numbered: true, chapters: [file: book/part/chapter]}\n"
+        "- chapters: [file: book/source_map, file: book/errata, file: book/api/lab, file: book/api/chapter]\n",
         "book/page.md": "(a-label)=\n```{glossary}\nbatch\n  批量. Some examples.\n```\n",
         "book/references.bib": "@book{one,\n}\n@article{two,\n}\n",
         "helpers/registry/chapter.yml": "title: A chapter\nmodule: nothing\nclaims:\n"
         "  claim: {title: A, source: 'A §1, #123', erratum: wrong, checks: 1}\n",
-        "book/source_map.md": "| A §1 | subject | #123 |\n",
+        "book/source_map.md": "```{sources}\nA §1 | subject | #123, #124\nB §2 | another |\n```\n",
+        "book/to_come.yml": "I: {}\nII:\n  later: {title: Later, source: B §2}\n",
+        "book/api/lab.md": "```{eval-rst}\n.. automodule:: helpers.lab.runtime\n   :members:\n```\n",
+        "helpers/lab/__init__.py": "__all__ = ['device']\n",
+        "tests/test_chapter.py": "",
         "book/errata.md": "(wrong)=\n",
         "helpers/lab/runtime.py": "import torch\ntorch.manual_seed(0)\ntorch.device('cpu')\n",
         "helpers/chapter.py": "import torch\n",
@@ -239,6 +246,69 @@ def test_a_source_that_is_not_mapped_is_noticed(root, old, new):
     replace(root, "book/source_map.md", old, new)
     problem = the_problem(book_promises.unmapped_sources, root)
     assert problem == f"chapter.claim has the source {old}, which no row of source_map.md names"
+
+
+def test_the_source_of_a_chapter_to_come_is_mapped_too(root):
+    replace(root, "book/to_come.yml", "source: B §2", "source: 'B §2, B §3'")
+    problem = the_problem(book_promises.unmapped_sources, root)
+    assert problem == "later has the source B §3, which no row of source_map.md names"
+
+
+def test_a_row_of_the_source_map_without_a_chapter_is_noticed(root):
+    replace(root, "book/source_map.md", "B §2 |", "B §2 | another |\nC §3 | lost | #99\nB §2 |")
+    problem = the_problem(book_promises.unmapped_sources, root)
+    assert problem == "no chapter has the sources of a row of source_map.md: #99, C §3"
+
+
+@pytest.mark.parametrize("file", ["helpers/chapter.py", "helpers/registry/chapter.yml", "tests/test_chapter.py"])
+def test_a_chapter_without_one_of_its_files_is_noticed(root, file):
+    (root / file).unlink()
+    problem = the_problem(book_promises.incomplete_chapters, root)
+    assert problem == f"chapter has no {file.replace('test_chapter', 'test_chapter*')}"
+
+
+def test_tests_of_a_chapter_may_be_several_files(root):
+    (root / "tests/test_chapter.py").rename(root / "tests/test_chapter_samplers.py")
+    assert book_promises.incomplete_chapters(root) == []
+
+
+def test_a_chapter_without_a_notebook_is_noticed(root):
+    (root / CHAPTER).unlink()
+    assert the_problem(book_promises.incomplete_chapters, root) == f"chapter has no {CHAPTER}"
+
+
+def test_a_chapter_without_a_page_in_the_reference_is_noticed(root):
+    replace(root, "_toc.yml", ", file: book/api/chapter", "")
+    problem = the_problem(book_promises.incomplete_chapters, root)
+    assert problem == "chapter has no line book/api/chapter in _toc.yml"
+
+
+def test_a_registered_chapter_outside_of_the_book_is_noticed(root):
+    text = (root / "helpers/registry/chapter.yml").read_text(encoding="utf-8")
+    (root / "helpers/registry/other.yml").write_text(text, encoding="utf-8")
+    problem = the_problem(book_promises.incomplete_chapters, root)
+    assert problem == "other is registered, but no chapter of _toc.yml"
+
+
+def test_a_chapter_with_another_title_is_noticed(root):
+    replace(root, "helpers/registry/chapter.yml", "title: A chapter", "title: A chapter of mine")
+    problem = the_problem(book_promises.incomplete_chapters, root)
+    assert problem == "book/part/chapter.ipynb does not begin with its registered title: # A chapter of mine"
+
+
+def test_a_module_of_the_bench_without_a_place_in_the_reference_is_noticed(root):
+    (root / "helpers/lab/runtimes.py").write_text("", encoding="utf-8")
+    problem = the_problem(book_promises.undocumented_modules, root)
+    assert problem == "helpers.lab.runtimes is on no page of book/api"
+
+
+def test_the_bench_offers_what_notebooks_import(root):
+    replace(root, "helpers/lab/__init__.py", "'device'", "'device', 'rng'")
+    problem = the_problem(book_promises.names_of_the_bench, root)
+    assert problem == "helpers.lab offers rng, which no notebook uses"
+    replace(root, "helpers/lab/__init__.py", "'device', 'rng'", "")
+    problem = the_problem(book_promises.names_of_the_bench, root)
+    assert problem == "a notebook imports device, which helpers.lab does not offer"
 
 
 def test_an_erratum_that_does_not_exist_is_noticed(root):

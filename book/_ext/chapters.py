@@ -1,8 +1,8 @@
 """What the book says of its chapters, made from the registry and ``_toc.yml``.
 
-``{parts}`` is the table of parts and chapters, ``{sources}`` the rows of the source
-map, ``{modules}`` the table of the reference; the reference's page of a chapter's
-module is written before Sphinx looks for pages.
+``{parts}`` is the table of parts and chapters, ``{sources}`` the rows of the
+source map, ``{modules}`` the table of the reference. The reference's page of each
+chapter's module is written before Sphinx looks for pages.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ from pathlib import Path
 import yaml
 from docutils import nodes
 from docutils.statemachine import StringList
-from helpers.lab import registry
 from sphinx.util.docutils import SphinxDirective
+
+from helpers.lab import registry
 
 TO_COME = "book/to_come.yml"
 REFERENCE = "book/api"
@@ -46,22 +47,24 @@ class Entry:
         return "to come" if self.place is None else "ready"
 
 
-def entries(root):
-    """Return every chapter: those in the book, then those to come."""
+def book_of(root):
+    """Return the captions of all parts, and all chapters, those to come last."""
     places = registry.places(root / "_toc.yml")
+    plan = yaml.safe_load((root / TO_COME).read_text(encoding="utf-8"))
     listed = []
     for place in places:
         chapter = registry.read_chapter(place.chapter, root / "helpers/registry")
         sources = {source for claim in chapter.claims for source in claim.sources}
         listed.append(Entry(place.part, chapter.title, sources, place))
     written = {place.chapter for place in places}
-    plan = yaml.safe_load((root / TO_COME).read_text(encoding="utf-8"))
-    return listed + [
+    to_come = [
         Entry(part, chapter["title"], set(registry.split(chapter["source"])))
         for part, chapters in plan.items()
         for name, chapter in chapters.items()
         if name not in written
     ]
+    parts = dict.fromkeys([*plan, *(place.part for place in places)])
+    return list(parts), listed + to_come
 
 
 def table(header, rows):
@@ -92,35 +95,35 @@ class Parts(Made):
     """A row for each chapter, and for each part one of what is still to come."""
 
     def lines(self, root):
-        chapters, rows = entries(root), []
-        for part in sorted({chapter.part for chapter in chapters}, key=roman):
+        parts, chapters = book_of(root)
+        rows = []
+        for part in parts:
             of_part = [chapter for chapter in chapters if chapter.part == part]
-            ready = [[chapter.link, "ready"] for chapter in of_part if chapter.place]
+            cells = [
+                [chapter.link, "ready"] for chapter in of_part if chapter.place
+            ]
             waiting = [chapter.title for chapter in of_part if not chapter.place]
             if waiting:
-                ready.append([", ".join(waiting), "to come"])
-            names = [part] + [""] * (len(ready) - 1)
-            rows += [[name, *cells] for name, cells in zip(names, ready, strict=True)]
+                cells.append([", ".join(waiting), "to come"])
+            names = [part] + [""] * (len(cells) - 1)
+            rows += [[name, *row] for name, row in zip(names, cells, strict=True)]
         return table(["part", "chapters", "state"], rows)
 
 
-def roman(part):
-    """Order captions such as "IV · Applications" by their number."""
-    values = {"I": 1, "V": 5, "X": 10}
-    digits = [values[letter] for letter in part.partition(" ")[0]]
-    following = [*digits[1:], 0]
-    return sum(-x if x < y else x for x, y in zip(digits, following, strict=True))
-
-
 class Sources(Made):
-    """The source map: a line says section, subject and problems; chapters are made."""
+    """The source map: its sections are written, their chapters made."""
 
     def lines(self, root):
-        chapters, rows = entries(root), []
+        _, chapters = book_of(root)
+        rows = []
         for line in self.content:
-            section, subject, problems = (cell.strip() for cell in line.split("|"))
+            section, subject, problems = (
+                cell.strip() for cell in line.split("|")
+            )
             wanted = {section, *registry.split(problems)}
-            treating = [chapter for chapter in chapters if chapter.sources & wanted]
+            treating = [
+                chapter for chapter in chapters if chapter.sources & wanted
+            ]
             links = ", ".join(chapter.link for chapter in treating)
             states = dict.fromkeys(chapter.state for chapter in treating)
             state = ", ".join(states) if len(states) == 1 else "in part"
@@ -129,13 +132,19 @@ class Sources(Made):
 
 
 class Modules(Made):
-    """The reference's table: rows written out, then one for each chapter's module."""
+    """The reference's table: the rows of its text, then one for each chapter."""
 
     def lines(self, root):
-        rows = [[cell.strip() for cell in line.split("|")] for line in self.content]
+        rows = [
+            [cell.strip() for cell in line.split("|")] for line in self.content
+        ]
         for place in registry.places(root / "_toc.yml"):
-            chapter = registry.read_chapter(place.chapter, root / "helpers/registry")
-            link = f"{{doc}}`helpers.{chapter.name} </{REFERENCE}/{chapter.name}>`"
+            chapter = registry.read_chapter(
+                place.chapter, root / "helpers/registry"
+            )
+            link = (
+                f"{{doc}}`helpers.{chapter.name} </{REFERENCE}/{chapter.name}>`"
+            )
             rows.append([link, f"chapter {place.number}: {chapter.module}"])
         return table(["module", "holds"], rows)
 

@@ -1,6 +1,6 @@
 """The bench that every chapter shares. What stands here is what notebooks use; the rest is in its modules."""
 
-from helpers.lab import datasets, estimates, figures, models, sliders, training
+from helpers.lab import datasets, estimates, figures, gaussian, models, networks, sliders, training
 from helpers.lab.claims import ChapterTable, agree, bounded, exact
 from helpers.lab.prose import glue
 from helpers.lab.runtime import device, generator, seeded
@@ -14,9 +14,11 @@ __all__ = [
     "estimates",
     "exact",
     "figures",
+    "gaussian",
     "generator",
     "glue",
     "models",
+    "networks",
     "seeded",
     "sliders",
     "training",

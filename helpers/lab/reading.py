@@ -44,7 +44,7 @@ class Length:
 
     @property
     def story(self) -> int:
-        """Minutes to read the story: 200 words a minute, and a minute for each figure; in steps of five."""
+        """Minutes to read the story, at 200 words a minute and a minute for each figure; in steps of five."""
         return _fives(self.words / WORDS_A_MINUTE + self.figures)
 
     @property
