@@ -1,6 +1,8 @@
 """What the book promises of itself, as functions from the repository's folder to a list of broken promises."""
 
 import ast
+import base64
+import io
 import json
 import re
 import tomllib
@@ -10,6 +12,7 @@ from itertools import chain
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 from helpers.lab import registry
 from helpers.lab.ledger import stored_claims
@@ -163,6 +166,47 @@ def figures_without_a_page(root):
         for output in cell.get("outputs", [])
         if "application/vnd.plotly.v1+json" in output.get("data", {}) and "text/html" not in output["data"]
     ]
+
+
+def unfaithful_pictures(root):
+    """Every figure stores a picture that can be read, is not blank, and says of itself what the figure says it draws.
+
+    What it draws is compared when the notebook is executed again; the picture carries the same words inside its file.
+    """
+    problems = []
+    for path, cells in notebooks(root):
+        for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+            shown = [output.get("data", {}) for output in cell["outputs"]]
+            figures = [data for data in shown if "image/png" in data or is_matplotlib(data)]
+            faults = list(filter(None, map(fault_of_picture, figures)))
+            is_described = {"figure", "image"} & cell["metadata"].get("mystnb", {}).keys()
+            if is_described and not figures and not any("application/vnd.plotly.v1+json" in data for data in shown):
+                faults.append("a caption without a figure")
+            problems += [f"{place(root, path, cell)}: {fault}" for fault in faults]
+    return problems
+
+
+def is_matplotlib(data):
+    return "".join(data.get("text/plain", "")).startswith("<Figure size")
+
+
+def fault_of_picture(data):
+    """Return what is wrong with a stored picture, or nothing."""
+    if "image/png" not in data:
+        return "a figure without its picture"
+    try:
+        picture = Image.open(io.BytesIO(base64.b64decode("".join(data["image/png"]))))
+        picture.load()
+    except (ValueError, OSError):
+        return "a picture that cannot be read"
+    if min(picture.size) < 100 or all(low == high for low, high in picture.convert("RGBA").getextrema()):
+        return f"a blank picture of {picture.size[0]} by {picture.size[1]} pixels"
+    drawn = "".join(data.get("text/plain", ""))
+    if "\n" not in drawn:
+        return None if is_matplotlib(data) else "a picture that does not say what it draws"
+    if picture.text.get("Description") != drawn:
+        return f"a picture of another figure: it draws {picture.text.get('Description')!r}, not {drawn!r}"
+    return None
 
 
 def undescribed_figures(root):
@@ -444,6 +488,7 @@ PROMISES = (
     repeated_cases,
     unexecuted_cells,
     figures_without_a_page,
+    unfaithful_pictures,
     undescribed_figures,
     unresolved_references,
     unmapped_sources,

@@ -1,9 +1,13 @@
 """The book keeps its promises, and each promise would notice a book that breaks it."""
 
+import base64
+import io
 import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tests import book_promises
 
@@ -39,7 +43,17 @@ def claim_output(id="chapter.claim", passed=True, case=""):
     return {"output_type": "display_data", "data": {}, "metadata": {"claim": claim}}
 
 
-FIGURE = {"output_type": "display_data", "data": {"image/png": "…"}, "metadata": {}}
+def picture_output(drawn="<Figure size 300x200>\nx | y: line", *, says=None, size=(300, 200), ink=128):
+    """A figure as a notebook stores it: what it draws, and a picture that says so, or something else."""
+    picture, file, words = Image.new("L", size), io.BytesIO(), PngInfo()
+    picture.putpixel((3, 4), ink)
+    words.add_text("Description", drawn if says is None else says)
+    picture.save(file, format="png", pnginfo=words)
+    data = {"text/plain": drawn, "image/png": base64.b64encode(file.getvalue()).decode("ascii")}
+    return {"output_type": "display_data", "data": data, "metadata": {}}
+
+
+FIGURE = picture_output()
 DESCRIBED = {"image": {"alt": "A line."}, "figure": {"caption": "See the line.", "name": "fig-line"}}
 GLUED = {"output_type": "display_data", "data": {}, "metadata": {"scrapbook": {"name": "number"}}}
 PROSE = """\
@@ -201,6 +215,33 @@ def test_stored_errors_and_stderr_are_noticed(root, output, message):
 def test_a_figure_without_a_description_is_noticed(root, described, message):
     write_chapter(root, [*chapter_cells(), code_cell("x", 3, [FIGURE], id="last", mystnb=described)])
     assert the_problem(book_promises.undescribed_figures, root) == f"{CHAPTER} [3] (last): {message}"
+
+
+def without_picture(output):
+    return {**output, "data": {"text/plain": output["data"]["text/plain"]}}
+
+
+def broken(output):
+    return {**output, "data": output["data"] | {"image/png": output["data"]["image/png"][:60]}}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ([], "a caption without a figure"),
+        ([without_picture(FIGURE)], "a figure without its picture"),
+        ([FIGURE, without_picture(FIGURE)], "a figure without its picture"),
+        ([broken(FIGURE)], "a picture that cannot be read"),
+        ([picture_output(ink=0)], "a blank picture of 300 by 200 pixels"),
+        ([picture_output(size=(300, 99))], "a blank picture of 300 by 99 pixels"),
+        ([picture_output("a picture")], "a picture that does not say what it draws"),
+        ([picture_output(says="another")], "a picture of another figure: it draws 'another', not '<Figure size"),
+    ],
+)
+def test_a_picture_that_is_not_the_figures_is_noticed(root, outputs, message):
+    write_chapter(root, [*chapter_cells(), code_cell("x", 3, outputs, id="last", mystnb=DESCRIBED)])
+    problem = the_problem(book_promises.unfaithful_pictures, root)
+    assert problem.startswith(f"{CHAPTER} [3] (last): {message}")
 
 
 def test_a_plotly_figure_without_its_html_form_is_noticed(root):

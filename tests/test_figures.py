@@ -1,5 +1,6 @@
 """The look of all figures, on light pages and dark ones."""
 
+import base64
 import io
 
 import matplotlib as mpl
@@ -7,12 +8,15 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from PIL import Image
 
 from helpers.lab import figures
 from helpers.lab.estimates import Estimate
@@ -199,3 +203,61 @@ def test_log_log_axes_tick_where_asked_and_say_what_they_show():
     assert list(ax.get_xticks()) == [4, 16, 64]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["4", "16", "64"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("batch size", "variance")
+
+
+# What a figure says of itself
+
+
+def described(draw):
+    _, ax = figures.axes()
+    draw(ax)
+    ax.set(xlabel="size", ylabel="variance")
+    head, of_axes = figures.description(ax.figure).split("\n")
+    assert head == "<Figure size 1008x547.2 with 1 Axes>"
+    return of_axes.removeprefix("size | variance: ")
+
+
+@pytest.mark.parametrize(
+    ("draw", "text"),
+    [
+        (lambda ax: ax.plot([1, 3], [2, 5]), "line (2 ± 1, 3.5 ± 1.5)"),
+        (lambda ax: ax.plot([1, 3, 9], [2, 5, np.nan]), "line (4.33 ± 3.4, 3.5 ± 1.5)"),
+        (lambda ax: ax.plot([], []), "line (nothing, nothing)"),
+        (lambda ax: ax.plot([0.1, 0.2, -0.3], [1, 1, 1]), "line (0 ± 0.216, 1 ± 0)"),  # 2.8e-17 ± 0.216
+        (lambda ax: ax.scatter([1, 3], [2, 5]), "points (2 ± 1, 3.5 ± 1.5)"),
+        (lambda ax: ax.vlines([1, 3], 0, 4), "strokes (2 ± 1, 2 ± 2)"),
+        (lambda ax: ax.imshow([[1.0, 2.0], [3.0, np.nan]]), "image (2 ± 0.816)"),
+        (lambda ax: ax.axvline(7), "line (7 ± 0, 0.5 ± 0.5)"),
+        # A bar's outline begins and ends in one corner.
+        (lambda ax: ax.bar([1], [5], width=1), "area (0.9 ± 0.49, 2 ± 2.45)"),
+    ],
+)
+def test_a_figure_says_what_it_draws(draw, text):
+    assert described(draw) == text
+
+
+def test_error_bars_are_part_of_what_is_drawn():
+    def drawn(stderr):
+        return described(lambda ax: figures.simulation(ax, [1.0, 2.0], Estimate([1.0, 2.0], stderr, 9, 0.0)))
+
+    assert drawn([0.1, 0.2]) != drawn([0.1, 0.3])
+
+
+def test_a_change_beyond_three_digits_is_not_seen_and_one_within_them_is():
+    def drawn(y):
+        return described(lambda ax: ax.plot([1, 2, 3], [1.0, 2.0, y]))
+
+    assert drawn(3.1) == drawn(3.1000001)
+    assert drawn(3.1) != drawn(3.13)
+
+
+def test_a_picture_in_a_notebook_carries_what_its_figure_draws():
+    code = "from helpers.lab import figures\nimport matplotlib.pyplot as plt\nfig, ax = figures.axes()\n"
+    cells = [nbformat.v4.new_code_cell(code + f"ax.plot([1, 2], [3, {y}])\nplt.show()") for y in (4, 5)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(notebook).execute()
+    for cell, drawn in zip(notebook.cells, ("3.5 ± 0.5", "4 ± 1"), strict=True):
+        (output,) = cell.outputs
+        assert output.data["text/plain"] == f"<Figure size 1008x547.2 with 1 Axes>\n | : line (1.5 ± 0.5, {drawn})"
+        picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+        assert picture.text["Description"] == output.data["text/plain"]

@@ -2,6 +2,9 @@
 
 Figures are drawn in dark ink on a transparent ground. On a dark page the book's style sheet inverts lightness and
 keeps hues, so one picture serves both.
+
+In a notebook a figure also says as text what it draws, and its picture carries that text: so a stored picture that is
+gone, exchanged or out of date is noticed, on whatever machine and with whatever fonts it is drawn again.
 """
 
 from collections.abc import Sequence
@@ -9,8 +12,15 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
+from IPython.core.getipython import get_ipython
+from IPython.core.pylabtools import print_figure
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
 from helpers.lab.estimates import Estimate, stack
@@ -45,7 +55,9 @@ STYLE = {
 def axes(rows: int = 1, columns: int = 1, **kwargs: object) -> tuple[Figure, Axes | np.ndarray]:
     """Return ``plt.subplots(rows, columns, **kwargs)`` in the book's style."""
     plt.rcParams.update(STYLE)
-    return plt.subplots(rows, columns, **kwargs)
+    figure_and_axes = plt.subplots(rows, columns, **kwargs)
+    _say_what_is_drawn()  # after the first figure, with which the notebook's own way to show one is set up
+    return figure_and_axes
 
 
 def log_log(ax: Axes, *, ticks: Sequence[int], xlabel: str, ylabel: str) -> None:
@@ -87,3 +99,60 @@ def simulation(
         capsize=2,
         zorder=2,
     )
+
+
+def description(figure: Figure) -> str:
+    """Return as text what a figure draws, to three digits: the same wherever the same numbers are drawn.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+
+    Returns
+    -------
+    str
+        A line for the figure, and one for each of its axes: both labels, and for each line, cloud of points, area,
+        bundle of strokes and image the mean and the standard deviation of its coordinates (of an image, its values).
+    """
+    lines = [repr(figure)]
+    for ax in figure.axes:
+        drawn = [*ax.lines, *ax.collections, *ax.patches, *ax.images]
+        lines.append(f"{ax.get_xlabel()} | {ax.get_ylabel()}: {', '.join(map(_summary, drawn))}")
+    return "\n".join(lines)
+
+
+def _summary(artist: Artist) -> str:
+    if isinstance(artist, AxesImage):
+        name, columns = "image", [np.ma.filled(artist.get_array().astype(float), np.nan)]
+    elif isinstance(artist, Line2D):
+        name, columns = "line", artist.get_xydata().T
+    elif isinstance(artist, PathCollection):
+        name, columns = "points", np.ma.filled(artist.get_offsets().astype(float), np.nan).T
+    elif isinstance(artist, Patch):
+        name, columns = "area", artist.get_patch_transform().transform(artist.get_path().vertices).T
+    else:
+        name, columns = "strokes", np.concatenate([path.vertices for path in artist.get_paths()]).T
+    return f"{name} ({', '.join(map(_mean_and_deviation, columns))})"
+
+
+def _mean_and_deviation(values: np.ndarray) -> str:
+    """Return both as text; what rounding leaves of a sum that cancels is 0."""
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return "nothing"
+    figures = np.array([values.mean(), values.std()])
+    figures[np.abs(figures) < 1e-9 * np.abs(values).max()] = 0
+    return f"{figures[0]:.3g} ± {figures[1]:.3g}"
+
+
+def _say_what_is_drawn() -> None:
+    """Make a running notebook show figures with their description, as text and inside of the picture."""
+    if (shell := get_ipython()) is None:
+        return
+    formatters = shell.display_formatter.formatters
+    formatters["text/plain"].for_type(Figure, lambda figure, printer, cycle: printer.text(description(figure)))
+    formatters["image/png"].for_type(Figure, _described_picture)
+
+
+def _described_picture(figure: Figure) -> str:
+    return print_figure(figure, base64=True, metadata={"Description": description(figure)})
