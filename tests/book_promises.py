@@ -449,6 +449,16 @@ def disagreeing_packages(root):
     return problems
 
 
+def chapters_without_a_tool(root):
+    """The toolbox names something of each chapter's module."""
+    toolbox = (root / "book/toolbox.md").read_text(encoding="utf-8")
+    return [
+        f"toolbox.md names nothing of helpers.{place.chapter}"
+        for place in registry.places(root / "_toc.yml")
+        if not re.search(rf"`~?helpers\.{place.chapter}\.\w", toolbox)
+    ]
+
+
 def undocumented_modules(root):
     """Every module of the bench stands on a page of the reference."""
     pages = "".join(path.read_text(encoding="utf-8") for path in sorted((root / REFERENCE).glob("*.md")))
@@ -482,6 +492,7 @@ PROMISES = (
     disagreeing_packages,
     missing_pages,
     incomplete_chapters,
+    chapters_without_a_tool,
     undocumented_modules,
     names_of_the_bench,
     unmatched_claims,

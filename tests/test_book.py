@@ -84,13 +84,15 @@ def root(tmp_path):
     files = {
         "_toc.yml": "root: book/page\nparts:\n"
         "- {caption: I, numbered: true, chapters: [file: book/part/chapter]}\n"
-        "- chapters: [file: book/source_map, file: book/errata, file: book/api/lab, file: book/api/chapter]\n",
+        "- chapters: [file: book/source_map, file: book/errata, file: book/toolbox]\n"
+        "- chapters: [file: book/api/lab, file: book/api/chapter]\n",
         "book/page.md": "(a-label)=\n```{glossary}\nbatch\n  批量. Some examples.\n```\n",
         "book/references.bib": "@book{one,\n}\n@article{two,\n}\n",
         "helpers/registry/chapter.yml": "title: A chapter\nmodule: nothing\nclaims:\n"
         "  claim: {title: A, source: 'A §1, #123', erratum: wrong, checks: 1}\n",
         "book/source_map.md": "```{sources}\nA §1 | subject | #123, #124\nB §2 | another |\n```\n",
         "book/to_come.yml": "I: {}\nII:\n  later: {title: Later, source: B §2}\n",
+        "book/toolbox.md": "**Why?** {py:func}`~helpers.chapter.answer` says.\n",
         "book/api/lab.md": "```{eval-rst}\n.. automodule:: helpers.lab.runtime\n   :members:\n```\n",
         "helpers/lab/__init__.py": "__all__ = ['device']\n",
         "tests/test_chapter.py": "",
@@ -335,6 +337,13 @@ def test_a_chapter_with_another_title_is_noticed(root):
     replace(root, "helpers/registry/chapter.yml", "title: A chapter", "title: A chapter of mine")
     problem = the_problem(book_promises.incomplete_chapters, root)
     assert problem == "book/part/chapter.ipynb does not begin with its registered title: # A chapter of mine"
+
+
+@pytest.mark.parametrize("name", ["helpers.chapters.answer", "helpers.lab.answer", "helpers.chapter"])
+def test_a_chapter_without_a_place_in_the_toolbox_is_noticed(root, name):
+    replace(root, "book/toolbox.md", "helpers.chapter.answer", name)
+    problem = the_problem(book_promises.chapters_without_a_tool, root)
+    assert problem == "toolbox.md names nothing of helpers.chapter"
 
 
 def test_a_module_of_the_bench_without_a_place_in_the_reference_is_noticed(root):

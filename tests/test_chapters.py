@@ -1,0 +1,172 @@
+"""A chapter is four files and its lines in _toc.yml: everything else that the book says of it is made from them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
+
+from helpers.lab.claims import check_exact
+from helpers.lab.ledger import ROOT, Ledger
+from tests import book_promises
+
+PART = "IV · Differentiating through randomness"
+PAGE = "book/differentiation/dummy"
+FILES = {
+    "helpers/dummy.py": '''"""What the dummy holds."""
+
+
+def half(x: float) -> float:
+    """Return x/2."""
+    return x / 2
+''',
+    "helpers/registry/dummy.yml": "title: A dummy, of all things\nmodule: halves\nclaims:\n"
+    "  half: {title: Half of 1 is 0.5, source: 'A §6, B §1.1', checks: 1}\n",
+    "tests/test_dummy.py": "",
+}
+
+
+def write_dummy(root):
+    """Add a chapter by its four files and its two lines in _toc.yml, and by nothing else."""
+    for name, text in FILES.items():
+        (root / name).write_text(text, encoding="utf-8")
+    data, metadata = check_exact("dummy.half", 0.5, 0.5)._repr_mimebundle_()
+    output = new_output("display_data", data=data, metadata=metadata)
+    write_notebook(
+        root / f"{PAGE}.ipynb",
+        new_markdown_cell("# A dummy, of all things\n\n```{prf:theorem}\n:label: dummy.half\nIt is 0.5.\n```"),
+        new_code_cell('exact("dummy.half", 0.5, half(1))', execution_count=1, outputs=[output]),
+    )
+    toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    *_, reference, package = toc["parts"]
+    toc["parts"].insert(-2, {"caption": PART, "numbered": True, "chapters": [{"file": PAGE}]})
+    package["chapters"].append({"file": "book/api/dummy"})
+    (root / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    assert (reference["caption"], package["caption"]) == ("Reference", "The package")
+
+
+def write_notebook(path, *cells):
+    path.parent.mkdir(exist_ok=True)
+    language = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=list(cells), metadata=language), path)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The book with one chapter more."""
+    root = tmp_path_factory.mktemp("book")
+    for folder in ("book", "helpers"):
+        shutil.copytree(
+            ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
+    (root / "tests").mkdir()
+    for name in ("_config.yml", "_toc.yml", *(path.relative_to(ROOT) for path in ROOT.glob("tests/test_*.py"))):
+        shutil.copy(ROOT / name, root / name)
+    write_dummy(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(copy):
+    """The pages of that book, with no more of the other notebooks than their titles, which is faster."""
+    root = copy.with_name(f"{copy.name}-short")
+    shutil.copytree(copy, root)
+    for path, cells in book_promises.notebooks(root):
+        if path.stem != "dummy":
+            write_notebook(path, new_markdown_cell(book_promises.source(cells[0]).splitlines()[0]))
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(root), "-n"]
+    # Without -W: other pages refer to what the shortened notebooks no longer have.
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not re.findall(r".*dummy.*WARNING.*|.*WARNING.*dummy.*", done.stderr)
+    return root / "_build/html/book"
+
+
+def rows(built, page):
+    """The rows of a page's first table, as text, and with the pages that they link to."""
+    table = re.search(r"<table.*?</table>", (built / page).read_text(encoding="utf-8"), flags=re.DOTALL).group()
+    found = []
+    for row in re.findall(r"<tr.*?</tr>", table, flags=re.DOTALL):
+        cells = re.findall(r"<t[hd].*?</t[hd]>", row, flags=re.DOTALL)
+        links = re.findall(r'href="([^"#]+)', row)
+        found.append(([re.sub("<[^>]+>", "", cell).strip() for cell in cells], links))
+    return found
+
+
+def row(built, page, start):
+    (found,) = [(cells, links) for cells, links in rows(built, page) if cells[0] == start]
+    return found
+
+
+def test_such_a_book_keeps_every_promise_about_its_chapters(copy):
+    for promise in (
+        book_promises.missing_pages,
+        book_promises.incomplete_chapters,
+        book_promises.unmatched_claims,
+        book_promises.unmapped_sources,
+        book_promises.undocumented_modules,
+    ):
+        assert promise(copy) == []
+
+
+def test_the_front_page_has_its_row_and_its_number(built):
+    cells, links = row(built, "index.html", PART)
+    assert cells == [PART, "4 A dummy, of all things", "ready"]
+    assert links == ["differentiation/dummy.html"]
+
+
+def test_what_is_still_to_come_in_its_part_keeps_its_row(built):
+    everything = [cells for cells, _ in rows(built, "index.html")]
+    at = [cells[0] for cells in everything].index(PART)
+    assert everything[at + 1] == ["", "Gradient estimators, The Jacobian norm", "to come"]
+
+
+def test_the_rows_of_its_sources_lead_to_it(built):
+    cells, links = row(built, "source_map.html", "A §6")
+    assert cells[3:] == ["4 A dummy, of all things, Gradient estimators", "in part"]
+    assert links == ["differentiation/dummy.html"]
+    cells, links = row(built, "source_map.html", "B §1.1")
+    assert cells[3:] == ["1 The loss is a random variable, 4 A dummy, of all things", "ready"]
+    assert links == ["training_loop/minibatch_loss.html", "differentiation/dummy.html"]
+    others = [cells for cells, links in rows(built, "source_map.html") if "differentiation/dummy.html" not in links]
+    assert len(others) == len(rows(built, "source_map.html")) - 2
+
+
+def test_the_reference_has_a_row_and_a_page_for_its_module(built):
+    cells, links = row(built, "api.html", "helpers.dummy")
+    assert cells == ["helpers.dummy", "chapter 4: halves"]
+    assert links == ["api/dummy.html"]
+    page = (built / "api/dummy.html").read_text(encoding="utf-8")
+    assert "Chapter 4" in page
+    assert 'id="helpers.dummy.half"' in page
+
+
+def test_the_ledger_has_its_checks_in_its_place(copy):
+    ledger = Ledger(copy, copy / "helpers/registry")
+    book = Ledger()
+    assert ledger.row_ids == [*book.row_ids, "dummy.half.1"]
+    assert ledger.rows[-1][0].markup == '<a href="differentiation/dummy.html#dummy.half">dummy.half</a>'
+
+
+def test_a_chapter_that_comes_first_moves_the_numbers_of_the_others(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "book/_ext"))
+    import chapters
+
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    first = next(part for part in toc["parts"] if part.get("numbered"))
+    first["chapters"].reverse()
+    (tmp_path / "_toc.yml").write_text(yaml.safe_dump(toc, allow_unicode=True), encoding="utf-8")
+    (tmp_path / "book").mkdir()
+    shutil.copy(ROOT / "book/to_come.yml", tmp_path / "book")
+    shutil.copytree(ROOT / "helpers/registry", tmp_path / "helpers/registry")
+    _, entries = chapters.book_of(tmp_path)
+    assert [entry.link.partition("`")[2][:6] for entry in entries[:2]] == ["1 The ", "2 The "]
+    assert entries[0].link == "{doc}`1 The stochastic gradient and its noise </book/training_loop/gradient_noise>`"
