@@ -85,8 +85,8 @@ def environment(pythonpath=FOLDER):
     return kept if pythonpath is None else kept | {"PYTHONPATH": str(pythonpath)}
 
 
-def run(script, pythonpath=FOLDER, cwd=None):
-    """Return what a Python process of its own prints."""
+def run(script, pythonpath=FOLDER, cwd=None, *, status=0):
+    """Return what a Python process of its own prints; it ends with this exit status."""
     imports = "import asyncio, socket, subprocess, sys, urllib.request\n"
     process = subprocess.run(
         [sys.executable, "-c", imports + script],
@@ -96,12 +96,14 @@ def run(script, pythonpath=FOLDER, cwd=None):
         text=True,
         timeout=60,
     )
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == status, process.stderr
+    assert ("refused to reach" in process.stderr) == bool(status)
     return process.stdout.strip()
 
 
 def outcome(statement, pythonpath=FOLDER):
-    return run(GUARD + REPORT.format(statement=statement), pythonpath)
+    """Return what becomes of a statement in a program that catches its error."""
+    return run(GUARD + REPORT.format(statement=statement), pythonpath, status=0 if pythonpath is None else 1)
 
 
 def refusal(host):
@@ -132,7 +134,8 @@ def test_other_machines_are_refused_by_name(statement, host):
 def test_refusals_come_before_the_operating_system_hears_of_it(kind, call):
     # The system gives a socket its own port no later than with its first packet.
     script = f"s = socket.socket(socket.AF_INET, socket.{kind})\n{REPORT.format(statement=f's.{call}')}"
-    assert run(f"{GUARD}{script}print(s.getsockname())").splitlines() == [refusal("192.0.2.1"), "('0.0.0.0', 0)"]
+    printed = run(f"{GUARD}{script}print(s.getsockname())", status=1)
+    assert printed.splitlines() == [refusal("192.0.2.1"), "('0.0.0.0', 0)"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,8 @@ def test_names_are_refused_before_they_are_looked_up(statement):
 
 def test_processes_that_a_process_starts_inherit_the_refusal():
     inner = GUARD + "import socket" + REPORT.format(statement="socket.socket().connect(('192.0.2.1', 80))")
-    assert run(f"subprocess.run([sys.executable, '-c', {inner!r}], check=True)") == refusal("192.0.2.1")
+    script = f"sys.exit(subprocess.run([sys.executable, '-c', {inner!r}]).returncode)"
+    assert run(script, status=1) == refusal("192.0.2.1")
 
 
 def test_threads_are_refused_too():
@@ -161,7 +165,7 @@ def test_threads_are_refused_too():
         "from concurrent.futures import ThreadPoolExecutor\n"
         "reach = lambda: socket.socket().connect(('192.0.2.1', 80))\n"
     ) + REPORT.format(statement="ThreadPoolExecutor().submit(reach).result()")
-    assert run(GUARD + script) == refusal("192.0.2.1")
+    assert run(GUARD + script, status=1) == refusal("192.0.2.1")
 
 
 # What works as ever
@@ -244,7 +248,8 @@ def test_a_notebooks_kernel_reaches_its_front_end_and_no_other_machine():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     client = nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3", allow_errors=True)
     client.execute(env=environment())
-    (refused,), (two,) = (cell.outputs for cell in notebook.cells)
+    (said, refused), (two,) = (cell.outputs for cell in notebook.cells)
+    assert said.name == "stderr"
     assert f"{refused.ename}: {refused.evalue}" == refusal("192.0.2.1")
     assert two.data["text/plain"] == "2"
 
@@ -270,16 +275,14 @@ def test_make_test_runs_the_notebooks_without_a_network():
     assert ROOT / pythonpath_of_make_test() == FOLDER
 
 
-def test_kernels_of_make_test_are_without_a_network_in_whatever_folder_they_start(tmp_path):
+def nbval(folder, outputs):
+    """Run, by nbval and as `make test` does, a notebook that catches the refusal, and stores these outputs."""
     # nbval starts a kernel in its notebook's folder, where a relative path leads nowhere.
-    cell = nbformat.v4.new_code_cell(
-        GUARD + "import socket" + REPORT.format(statement="socket.socket().connect(('192.0.2.1', 80))"),
-        execution_count=1,
-        outputs=[nbformat.v4.new_output("stream", name="stdout", text=refusal("192.0.2.1") + "\n")],
-    )
-    path = tmp_path / "reaching.ipynb"
+    code = GUARD + "import socket" + REPORT.format(statement="socket.socket().connect(('192.0.2.1', 80))")
+    cell = nbformat.v4.new_code_cell(code, execution_count=1, outputs=outputs)
+    path = folder / "reaching.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
-    process = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env", str(path)],
         cwd=ROOT,
         env=environment(pythonpath_of_make_test()),
@@ -287,7 +290,39 @@ def test_kernels_of_make_test_are_without_a_network_in_whatever_folder_they_star
         text=True,
         timeout=120,
     )
+
+
+SAID = nbformat.v4.new_output("stream", name="stderr", text=refusal("192.0.2.1").partition(": ")[2] + "\n")
+CAUGHT = nbformat.v4.new_output("stream", name="stdout", text=refusal("192.0.2.1") + "\n")
+
+
+def test_kernels_of_make_test_are_without_a_network_in_whatever_folder_they_start(tmp_path):
+    process = nbval(tmp_path, [SAID, CAUGHT])
     assert process.returncode == 0, process.stdout
+
+
+def test_an_attempt_that_a_notebook_caught_fails_its_cell(tmp_path):
+    process = nbval(tmp_path, [CAUGHT])
+    assert process.returncode == 1, process.stdout
+    assert "stderr" in process.stdout
+
+
+def test_an_attempt_that_a_test_caught_fails_it(tmp_path):
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
+    code = GUARD + "import socket\n\ndef test_a():\n    STATEMENT\n\ndef test_b():\n    pass\n"
+    caught = "try: socket.socket().connect(('192.0.2.1', 80))\n    except OSError: pass"
+    for statement, summary in (("pass", "2 passed"), (caught, "2 passed, 1 error")):
+        (tmp_path / "test_reaching.py").write_text(code.replace("STATEMENT", statement), encoding="utf-8")
+        process = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert summary in process.stdout
+    assert "the test tried to reach ['192.0.2.1']" in process.stdout
 
 
 # Controls

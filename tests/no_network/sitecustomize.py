@@ -1,8 +1,16 @@
-"""Put this folder on ``PYTHONPATH``, and no Python process or notebook kernel reaches anything but this machine."""
+"""Put this folder on ``PYTHONPATH``, and no Python process or notebook kernel reaches anything but this machine.
 
+An attempt counts even if the program catches its error: it is said on stderr, which nbval compares with what a cell
+stores, tests/conftest.py fails the test in which it was made, and the process ends with an error.
+"""
+
+import atexit
 import ipaddress
+import os
 import socket
 import sys
+
+refused = []  # every host that was asked for, for tests to look at
 
 # Which argument of an audited look-up names the host, or is an address whose first entry does.
 LOOK_UPS = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo")
@@ -24,7 +32,10 @@ def _require_local(address):
     # A path is a Unix socket, and no address that of an established connection.
     host = address[0] if isinstance(address, tuple) else None
     if not _is_local(host):
-        raise PermissionError(f"the book runs without a network: refused to reach {host!r}")
+        refused.append(host)
+        message = f"the book runs without a network: refused to reach {host!r}"
+        print(message, file=sys.stderr, flush=True)
+        raise PermissionError(message)
 
 
 def _refuse_network(event, arguments):
@@ -46,6 +57,13 @@ def _checked_first(name):
     return method
 
 
+def _fail_if_refused():
+    if refused:
+        sys.stdout.flush()
+        os._exit(1)  # an exit function cannot set the status otherwise
+
+
+atexit.register(_fail_if_refused)  # before any other, so that it runs behind all others
 sys.addaudithook(_refuse_network)
 for _name in CONNECTING:
     setattr(socket.socket, _name, _checked_first(_name))
