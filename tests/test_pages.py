@@ -1,5 +1,6 @@
 """The extension that finishes the pages: which scripts, icons and buttons a built book has."""
 
+import html
 import re
 import shutil
 import subprocess
@@ -10,9 +11,14 @@ import nbformat
 import pytest
 from fontTools.ttLib import TTFont
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from plotly.offline import get_plotlyjs_version
+
+from helpers.lab.claims import Claim
+from helpers.lab.registry import read_chapter
 
 ROOT = Path(__file__).parents[1]
-FIGURE = '<div class="slider-figure"><script type="application/json">{}</script></div>'
+LAYOUT = '{"layout": {"height": 420, "sliders": [{}, {}]}}'
+FIGURE = f'<div class="slider-figure"><script type="application/json">{LAYOUT}</script></div>'
 ADDRESS = "https://github.com/owner/repository"
 
 
@@ -31,6 +37,11 @@ Do it.
 Done.
 ```{solution-end}
 ```"""
+
+
+def claim(slug, case):
+    shown = Claim(f"minibatch_loss.{slug}", case, "exact", f"row {case}", f"Sentence {case}.", {})
+    return {"text/html": shown._repr_html_()}
 
 
 def code_cell(source, *outputs, tag=None):
@@ -64,22 +75,24 @@ def chapter_with_folds():
 
 
 def build(folder, address=""):
-    """Build a book of four pages with the configuration and the extension of ours."""
+    """Build a book of five pages with the configuration and the extension of ours."""
     for part in ("_ext", "_static", "_templates", "images"):
         shutil.copytree(ROOT / "book" / part, folder / "book" / part)
     shutil.copyfile(ROOT / "book/references.bib", folder / "book/references.bib")
     config = (ROOT / "_config.yml").read_text(encoding="utf-8")
     assert config.count('url: ""') == 1
     (folder / "_config.yml").write_text(config.replace('url: ""', f'url: "{address}"'), encoding="utf-8")
-    (folder / "_toc.yml").write_text(
-        "format: jb-book\nroot: book/index\nchapters:\n- file: book/a\n- file: book/b\n- file: book/folds\n"
-    )
+    pages = "".join(f"- file: book/{name}\n" for name in ("a", "b", "folds", "minibatch_loss"))
+    (folder / "_toc.yml").write_text(f"format: jb-book\nroot: book/index\nchapters:\n{pages}")
     (folder / "book/index.md").write_text("# A book\n\nLet $x>0$, and $y$ too.\n\n```{tip}\nLook up.\n```\n")
     title, call = new_markdown_cell("# A chapter"), "answer = f(1)"
     figure = {"text/html": FIGURE, "text/plain": "A figure"}
     nbformat.write(notebook(title, code_cell(call, figure)), folder / "book/a.ipynb")
     nbformat.write(notebook(title, code_cell(call)), folder / "book/b.ipynb")
     nbformat.write(chapter_with_folds(), folder / "book/folds.ipynb")
+    claims = code_cell("check()", claim("unbiased", "<a>"), claim("unbiased", "b"), claim("iid_variance", "c"))
+    again = code_cell("check_again()", claim("iid_variance", "d"))
+    nbformat.write(notebook(title, claims, again), folder / "book/minibatch_loss.ipynb")
     jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
     command = [jupyter_book, "build", str(folder), "-W", "-n", "--keep-going"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -105,11 +118,52 @@ def hosts(page):
     return set(re.findall(r'(?:href|src)="(https?://[^/"]+)', page))
 
 
-def test_only_pages_with_a_slider_figure_load_plotly(private):
-    assert re.search(r'<script defer="defer" src="[^"]*plotly.min.js', text_of(private, "a.html"))
-    assert "plotly" not in text_of(private, "b.html")
-    for script in ("plotly/plotly.min.js", "sliders/sliders.js", "mathjax/tex-chtml.js"):
+def scripts_of(page):
+    return re.findall(r'<script ([^>]*src="[^"]*")', page)
+
+
+def test_only_pages_with_a_slider_figure_load_what_draws_it(private):
+    assert "figures/sliders.js" in text_of(private, "a.html")
+    assert "figures/sliders.js" not in text_of(private, "b.html")
+    for script in ("figures/plotly-basic.min.js", "figures/sliders.js", "mathjax/tex-chtml.js"):
         assert (private / "_static" / script).stat().st_size > 500
+
+
+def test_the_height_of_a_slider_figure_is_reserved(private):
+    assert re.search(
+        r'class="slider-figure" style="--plot-height: 420px; --sliders: 2"><script', text_of(private, "a.html")
+    )
+
+
+def test_plotly_is_the_version_that_notebooks_use():
+    bundle = (ROOT / "book/_ext/plotly/plotly-basic.min.js").read_text(encoding="utf-8")
+    assert f"plotly.js (basic - minified) v{get_plotlyjs_version()}\n" in bundle[:200], (
+        "see book/_ext/plotly/README.txt"
+    )
+
+
+@pytest.mark.parametrize("page", ["index.html", "a.html", "b.html", "folds.html"])
+def test_a_page_waits_for_one_script_only(private, page):
+    (waits,) = [script for script in scripts_of(text_of(private, page)) if "defer" not in script]
+    assert "documentation_options.js" in waits
+
+
+@pytest.mark.parametrize(
+    ("script", "pages"),
+    [
+        ("tex-chtml.js", {"index.html"}),
+        ("togglebutton.js", {"folds.html"}),
+        ("ledger.js", set()),
+        ("design-tabs.js", set()),
+    ],
+)
+def test_a_page_loads_only_the_scripts_that_it_needs(private, script, pages):
+    loading = {
+        page
+        for page in ("index.html", "a.html", "b.html", "folds.html")
+        if any(script in found for found in scripts_of(text_of(private, page)))
+    }
+    assert loading == pages
 
 
 def test_no_page_knows_another_host_or_thebe(private):
@@ -198,3 +252,25 @@ def test_the_header_of_a_solution_only_toggles(folds):
         r'class="solution dropdown admonition".*?<p class="admonition-title">(.*?)</p>', folds[1], re.DOTALL
     )
     assert header[1] == "Solution"
+
+
+@pytest.fixture(scope="module")
+def claim_lines(private):
+    """Summary and checks of each claim's line."""
+    page = text_of(private, "minibatch_loss.html")
+    lines = re.findall(r'<details class="claim.*?</details>', page, re.DOTALL)
+    return [(line.partition("</summary>")[0], re.findall(r"<li>(.*?)</li>", line)) for line in lines]
+
+
+def test_the_line_of_a_claim_states_it_and_counts_its_checks(claim_lines):
+    titles = {claim.id: html.escape(claim.title) for claim in read_chapter("minibatch_loss").claims}
+    unbiased, variance = (titles[f"minibatch_loss.{slug}"] for slug in ("unbiased", "iid_variance"))
+    texts = [re.sub(r"<[^>]*>", "", summary) for summary, _ in claim_lines]
+    assert texts == [f"✓ {unbiased} unbiased · 2 checks", f"✓ {variance} iid_variance", f"✓ {variance} iid_variance"]
+
+
+def test_checks_of_a_claim_in_one_cell_stand_under_its_line(claim_lines):
+    checks = [[re.sub(r"<[^>]*>", "", check) for check in checks] for _, checks in claim_lines]
+    escaped = "&lt;a&gt;"
+    first = [f"{escaped}: Sentence {escaped}. row {escaped}", "b: Sentence b. row b"]
+    assert checks == [first, ["c: Sentence c. row c"], ["d: Sentence d. row d"]]

@@ -99,9 +99,7 @@ class Parts(Made):
         rows = []
         for part in parts:
             of_part = [chapter for chapter in chapters if chapter.part == part]
-            cells = [
-                [chapter.link, "ready"] for chapter in of_part if chapter.place
-            ]
+            cells = [[chapter.link, "ready"] for chapter in of_part if chapter.place]
             waiting = [chapter.title for chapter in of_part if not chapter.place]
             if waiting:
                 cells.append([", ".join(waiting), "to come"])
@@ -117,13 +115,9 @@ class Sources(Made):
         _, chapters = book_of(root)
         rows = []
         for line in self.content:
-            section, subject, problems = (
-                cell.strip() for cell in line.split("|")
-            )
+            section, subject, problems = (cell.strip() for cell in line.split("|"))
             wanted = {section, *registry.split(problems)}
-            treating = [
-                chapter for chapter in chapters if chapter.sources & wanted
-            ]
+            treating = [chapter for chapter in chapters if chapter.sources & wanted]
             links = ", ".join(chapter.link for chapter in treating)
             states = dict.fromkeys(chapter.state for chapter in treating)
             state = ", ".join(states) if len(states) == 1 else "in part"
@@ -135,16 +129,10 @@ class Modules(Made):
     """The reference's table: the rows of its text, then one for each chapter."""
 
     def lines(self, root):
-        rows = [
-            [cell.strip() for cell in line.split("|")] for line in self.content
-        ]
+        rows = [[cell.strip() for cell in line.split("|")] for line in self.content]
         for place in registry.places(root / "_toc.yml"):
-            chapter = registry.read_chapter(
-                place.chapter, root / "helpers/registry"
-            )
-            link = (
-                f"{{doc}}`helpers.{chapter.name} </{REFERENCE}/{chapter.name}>`"
-            )
+            chapter = registry.read_chapter(place.chapter, root / "helpers/registry")
+            link = f"{{doc}}`helpers.{chapter.name} </{REFERENCE}/{chapter.name}>`"
             rows.append([link, f"chapter {place.number}: {chapter.module}"])
         return table(["module", "holds"], rows)
 
@@ -162,10 +150,7 @@ def write_module_pages(app, config):
 
 def offer_no_edit(app, pagename, templatename, context, doctree):
     """A page that is made has no source that a reader could edit."""
-    made = {
-        f"{REFERENCE}/{place.chapter}"
-        for place in registry.places(Path(app.srcdir) / "_toc.yml")
-    }
+    made = {f"{REFERENCE}/{place.chapter}" for place in registry.places(Path(app.srcdir) / "_toc.yml")}
     if pagename in made:
         context["page_source_suffix"] = ""
 

@@ -2,8 +2,8 @@
 
 A code cell with the tag ``hide-input`` is folded; its label is the comment in its
 first line. Folded cells that follow each other, with nothing but rows of claims
-between them, are one fold, and the rows stand behind it. With ``hide-cell`` outputs
-are folded as well; behind a dropdown, such cells go into it.
+between them, are one fold, and the rows stand behind it. With ``hide-cell``
+outputs are folded as well; behind a dropdown, such cells go into it.
 """
 
 import html

@@ -37,9 +37,7 @@ def trim_icons(static):
     shown |= {ord(x) for x in CHARACTER.findall(sheets)}
     for font in (static / "vendor" / "fontawesome" / "webfonts").glob("*.ttf"):
         _write_subset(font, shown)
-    sheet.write_text(
-        WEB_FONT.sub(r'\1.woff) format("woff")', css), encoding="utf-8"
-    )
+    sheet.write_text(WEB_FONT.sub(r'\1.woff) format("woff")', css), encoding="utf-8")
 
 
 def _names_in(folder):

@@ -3,19 +3,12 @@
 import functools
 import os
 import re
-import shutil
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
 from xdist.scheduler import LoadScopeScheduling
 
-HTML = Path(__file__).parents[2] / "_build" / "html"
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
-WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+from tests.browser.site import FLAGS, HTML, WIDE, chromium, served
 
 
 class ByPage(LoadScopeScheduling):
@@ -30,25 +23,18 @@ def pytest_xdist_make_scheduler(config, log):
     return ByPage(config, log)
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture(scope="session")
 def site():
     """Address of a local server of the built book."""
     if not (HTML / "index.html").exists():
         pytest.fail("the book is not built: run make book first")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(HTML)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with served() as address:
+        yield address
 
 
 @pytest.fixture(scope="session")
 def browser():
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    path = chromium()
     if path is None:
         message = "no Chromium found: install one (on Debian, the package chromium) or set CHROMIUM to its path"
         pytest.fail(message) if os.environ.get("REQUIRE_BROWSER") == "1" else pytest.skip(message)
@@ -60,7 +46,7 @@ def browser():
 def open_page(browser, site):
     """Return a function that opens a page of the book; the page then holds what went wrong in `troubles`."""
 
-    def open_(path, *, address=site):
+    def open_(path, *, address=site, script=""):
         page, troubles = browser.new_page(viewport=WIDE, color_scheme="light"), []
 
         def route(route):
@@ -70,6 +56,7 @@ def open_page(browser, site):
                 troubles.append(f"asks {route.request.url}")
                 route.abort()
 
+        page.add_init_script(script)
         page.route("**/*", route)
         page.on("console", lambda message: message.type == "error" and troubles.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: troubles.append(f"script: {error}"))

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 
-from tests.browser.conftest import HTML, PHONE, WIDE
+from tests.browser.site import HTML, PHONE, WIDE
 
 ROOT = Path(__file__).parents[2]
 TOC = (ROOT / "_toc.yml").read_text(encoding="utf-8")
@@ -74,14 +74,41 @@ def test_headings_do_not_skip_a_level(page):
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
-def test_the_text_is_light(page):
-    """Neither figures nor MathJax count: the text does not wait for them."""
-    sizes = page.evaluate(
-        "[...performance.getEntriesByType('navigation'), ...performance.getEntriesByType('resource')]"
-        ".map(found => [found.name, found.decodedBodySize])"
+def bytes_of(page):
+    """Compressed size of everything that a page has loaded, by its address."""
+    page.wait_for_function("document.querySelectorAll('.slider-figure:not(:has(.main-svg))').length === 0")
+    return dict(
+        page.evaluate(
+            "[...performance.getEntriesByType('navigation'), ...performance.getEntriesByType('resource')]"
+            ".map(found => [found.name, found.encodedBodySize])"
+        )
     )
-    text = sum(size for name, size in sizes if not re.search(r"/(_images|mathjax|plotly)/", name))
-    assert 0.2e6 < text < 1e6
+
+
+def test_a_page_is_light(page):
+    sizes = bytes_of(page)
+    # Text waits neither for formulas nor for figures.
+    text = sum(size for name, size in sizes.items() if not re.search(r"/(_images|mathjax|figures)/", name))
+    assert 30_000 < text <= 200_000
+    assert sum(sizes.values()) <= 1_300_000
+
+
+def test_a_page_waits_for_one_script_at_most(page):
+    waits = page.evaluate("[...document.scripts].filter(x => x.src && !x.defer && !x.async).map(x => x.src)")
+    assert [name for name in waits if "documentation_options.js" not in name] == []
+
+
+def test_what_a_page_loads_late_has_its_place(open_page):
+    page = open_page(CHAPTER, script=WATCH_SHIFTS)
+    assert any("plotly" in name for name in bytes_of(page))
+    assert page.evaluate("window.shift") < 0.01
+
+
+WATCH_SHIFTS = """
+  window.shift = 0;
+  new PerformanceObserver(list => list.getEntries().forEach(entry => (window.shift += entry.value)))
+    .observe({type: "layout-shift", buffered: true});
+"""
 
 
 # Colors take axe nearly all of its time: text that looks like other text, on the same ground, is left out.
@@ -120,10 +147,15 @@ def serious(page, context=None, **options):
     ]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(page, scheme):
-    dress(page, WIDE, scheme)
+def test_axe_finds_nothing_serious(page):
+    dress(page, WIDE, "light")
     assert serious(page, rules={rule: {"enabled": False} for rule in OF_COLORS}) == []
+    page.evaluate(MARK_LOOKS)
+    assert serious(page, LOOKS, runOnly=OF_COLORS) == []
+
+
+def test_axe_finds_no_faint_color_in_the_dark(page):
+    dress(page, WIDE, "dark")
     page.evaluate(MARK_LOOKS)
     assert serious(page, LOOKS, runOnly=OF_COLORS) == []
 
@@ -142,14 +174,13 @@ def test_axe_would_find_faint_text_and_links_like_text(page, selector, style):
     last.evaluate("found => (found.style.cssText = '')")
 
 
-# Other machines have other, wider fonts.
-@pytest.mark.parametrize(("scheme", "letter_spacing"), [("light", "normal"), ("dark", "1px")])
-def test_a_phone_does_not_scroll_sideways(page, scheme, letter_spacing):
-    dress(page, PHONE, scheme)
-    page.evaluate("spacing => (document.body.style.letterSpacing = spacing)", letter_spacing)
-    for is_open in (True, False):
-        page.evaluate("open => document.querySelectorAll('details').forEach(found => (found.open = open))", is_open)
-        assert sideways(page) == 0
+def test_a_phone_does_not_scroll_sideways(page):
+    dress(page, PHONE, "light")
+    for spacing in ("normal", "1px"):  # other machines have other, wider fonts
+        page.evaluate("spacing => (document.body.style.letterSpacing = spacing)", spacing)
+        for is_open in (True, False):
+            page.evaluate("open => document.querySelectorAll('details').forEach(found => (found.open = open))", is_open)
+            assert sideways(page) == 0
     page.evaluate("document.body.style.letterSpacing = ''")
 
 
@@ -186,8 +217,7 @@ def test_dark_mode_is_dark(page):
 
 
 def test_only_pages_with_a_figure_load_plotly(page):
-    loads = page.evaluate("[...document.scripts].some(script => script.src.includes('plotly'))")
-    assert loads == (page.locator(".slider-figure").count() > 0)
+    assert any("plotly" in name for name in bytes_of(page)) == (page.locator(".slider-figure").count() > 0)
 
 
 def test_the_book_opens_from_disk(open_page):
