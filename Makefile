@@ -4,13 +4,12 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 CHAPTER ?=
 SEEDS ?= 20
 NOTEBOOKS = $(shell find book -name '*.ipynb' -not -name ledger.ipynb -not -path '*/.ipynb_checkpoints/*' | sort)
+CHOSEN = $(if $(CHAPTER),$(filter %/$(CHAPTER).ipynb,$(NOTEBOOKS)),$(NOTEBOOKS))
 VENV := .venv
 BIN := $(VENV)/bin
 HTML := _build/html/index.html
-# Of the test modules those that take longest come first, so that no worker is left alone with one of them at the end;
-# they are named one by one, since pytest sorts what it finds in a folder.
-LONGEST := $(patsubst %,tests/test_%.py,reseed estimates no_network gradient_noise pages claims)
-MODULES := $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
+# What a chapter's own tests are: those that use its module.
+TESTS = $(shell grep -lE 'helpers(\.| import .*\b)$(CHAPTER)\b' tests/test_*.py)
 
 COMMA := ,
 EXTRAS_book := book
@@ -19,7 +18,7 @@ EXTRAS_test := book,test
 EXTRAS_bench := bench
 
 .DEFAULT_GOAL := help
-.PHONY: help book html test devices browser look lint lab execute ledger reseed bench constraints clean
+.PHONY: help book html page test devices browser look lint lab execute ledger reseed bench constraints clean
 .DELETE_ON_ERROR:
 
 # Bytecode is kept, whatever the shell says: else each of some forty processes would compile torch and SymPy again.
@@ -45,10 +44,14 @@ book: html  ## build the HTML from the notebooks' stored outputs
 html: $(VENV)/.installed-book
 	$(BIN)/jupyter-book build . -W -n --keep-going --all
 
-test: $(VENV)/.installed-test lint  ## check everything that CI checks
-	PYTHONPATH=$(CURDIR)/tests/no_network $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
-	  --nbval --nbval-current-env book $(MODULES)
-	$(MAKE) --jobs $(JOBS) devices html  # one process each
+page: $(VENV)/.installed-book  # builds only what has changed
+	$(BIN)/jupyter-book build . -W -n --keep-going
+
+test: $(VENV)/.installed-test lint  ## check everything that CI checks, or what CHAPTER=minibatch_loss consists of
+	@test -n "$(CHOSEN)" || { echo "no notebook is called $(CHAPTER).ipynb" >&2; exit 1; }
+	PYTHONPATH=$(CURDIR)/tests/no_network $(BIN)/pytest -n $(JOBS) --no-loadscope-reorder --nbval --nbval-current-env \
+	  $(if $(CHAPTER),$(CHOSEN) $(TESTS) tests/test_book.py,book tests --ignore tests/any_device --ignore tests/browser)
+	$(MAKE) --jobs $(JOBS) devices $(if $(CHAPTER),page,html)  # one process each
 	$(MAKE) look
 
 devices: $(VENV)/.installed-test
@@ -58,7 +61,7 @@ browser: html  ## build the book and look at every page in an installed Chromium
 	$(MAKE) look
 
 look: $(VENV)/.installed-test
-	$(BIN)/pytest -n $(JOBS) -rs tests/browser
+	$(BIN)/pytest -n $(JOBS) -rs tests/browser $(if $(CHAPTER),-k $(CHAPTER))
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -68,9 +71,8 @@ lab: $(VENV)/.installed-lab  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab book
 
 execute: $(VENV)/.installed-test  ## run all notebooks, or CHAPTER=minibatch_loss, and store their outputs
-	@chosen="$(if $(CHAPTER),$(filter %/$(CHAPTER).ipynb,$(NOTEBOOKS)),$(NOTEBOOKS))"; \
-	if [ -z "$$chosen" ]; then echo "no notebook is called $(CHAPTER).ipynb" >&2; exit 1; fi; \
-	printf '%s\n' $$chosen | xargs -n 1 -P $(JOBS) $(EXECUTE)
+	@test -n "$(CHOSEN)" || { echo "no notebook is called $(CHAPTER).ipynb" >&2; exit 1; }
+	@printf '%s\n' $(CHOSEN) | xargs -n 1 -P $(JOBS) $(EXECUTE)
 	@$(MAKE) ledger
 
 ledger: $(VENV)/.installed-test
