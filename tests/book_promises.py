@@ -250,6 +250,7 @@ def unresolved_references(root):
         for label in re.findall(pattern, text, flags=re.MULTILINE)
     }
     pages = toc_entries(root)
+    chapters = {place.chapter for place in registry.places(root / "_toc.yml")}
     glued = defaultdict(set)
     for path, cells in notebooks(root):
         for cell in cells:
@@ -264,6 +265,8 @@ def unresolved_references(root):
             return target.lower() in terms
         if role == "doc":
             return (path.parent / target).resolve().relative_to(root.resolve()).as_posix() in pages
+        if role == "chapter":
+            return target in chapters
         if role == "glue:text":
             name, _, rest = target.partition("::")
             return rest.split(":")[0] in glued[(path.parent / name).resolve()]
@@ -271,7 +274,7 @@ def unresolved_references(root):
 
     problems = []
     for path, where, text in everything:
-        for role, content in re.findall(r"\{(cite:\w+|term|prf:ref|ref|numref|doc|glue:text)\}`([^`]+)`", text):
+        for role, content in re.findall(r"\{(cite:\w+|term|prf:ref|ref|numref|doc|chapter|glue:text)\}`([^`]+)`", text):
             target = re.sub(r"^.*<(.+)>$", r"\1", content, flags=re.DOTALL)
             if not resolves(path.resolve(), role, target):
                 problems.append(f"{where}: {{{role}}}`{content}` refers to nothing")

@@ -60,7 +60,7 @@ PROSE = """\
 # A chapter
 
 {prf:ref}`chapter.claim` {numref}`fig-line` {term}`batches <batch>` {term}`Batch` {cite:t}`one, two` {doc}`../page`
-{ref}`here <a-label>` {glue:text}`chapter.ipynb::number:s`
+{chapter}`chapter` {ref}`here <a-label>` {glue:text}`chapter.ipynb::number:s`
 ```{prf:theorem}
 :label: chapter.claim
 ```
@@ -269,6 +269,7 @@ def test_an_image_without_alt_text_is_noticed(root, text):
         "{term}`batches <bach>`",
         "{cite:t}`one, three`",
         "{doc}`../pages`",
+        "{chapter}`chapters`",
         "{glue:text}`chapter.ipynb::numbers:s`",
         "{glue:text}`other.ipynb::number:s`",
     ],

@@ -17,6 +17,7 @@ from helpers.lab.ledger import ROOT, Ledger
 from tests import book_promises
 
 PART = "IV · Differentiating through randomness"
+ADDRESS = "https://github.com/owner/repository"
 PAGE = "book/differentiation/dummy"
 FILES = {
     "helpers/dummy.py": '''"""What the dummy holds."""
@@ -44,11 +45,12 @@ def write_dummy(root):
         new_code_cell('exact("dummy.half", 0.5, half(1))', execution_count=1, outputs=[output]),
     )
     toc = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
-    *_, reference, package = toc["parts"]
-    toc["parts"].insert(-2, {"caption": PART, "numbered": True, "chapters": [{"file": PAGE}]})
+    _, first, *_, package = toc["parts"]
+    assert (first["caption"][:4], package["caption"]) == ("I · ", "The package")
+    # Behind the first part, so that it moves the numbers of the chapters that follow.
+    toc["parts"].insert(2, {"caption": PART, "numbered": True, "chapters": [{"file": PAGE}]})
     package["chapters"].append({"file": "book/api/dummy"})
     (root / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    assert (reference["caption"], package["caption"]) == ("Reference", "The package")
 
 
 def write_notebook(path, *cells):
@@ -80,6 +82,8 @@ def built(copy):
     for path, cells in book_promises.notebooks(root):
         if path.stem != "dummy":
             write_notebook(path, new_markdown_cell(book_promises.source(cells[0]).splitlines()[0]))
+    config = (root / "_config.yml").read_text(encoding="utf-8")
+    (root / "_config.yml").write_text(config.replace('url: ""', f'url: "{ADDRESS}"'), encoding="utf-8")
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(root), "-n"]
     # Without -W: other pages refer to what the shortened notebooks no longer have.
     done = subprocess.run(
@@ -119,7 +123,7 @@ def test_such_a_book_keeps_every_promise_about_its_chapters(copy):
 
 def test_the_front_page_has_its_row_and_its_number(built):
     cells, links = row(built, "index.html", PART)
-    assert cells == [PART, "4 A dummy, of all things", "ready"]
+    assert cells == [PART, "3 A dummy, of all things", "ready"]
     assert links == ["differentiation/dummy.html"]
 
 
@@ -131,10 +135,10 @@ def test_what_is_still_to_come_in_its_part_keeps_its_row(built):
 
 def test_the_rows_of_its_sources_lead_to_it(built):
     cells, links = row(built, "source_map.html", "A §6")
-    assert cells[3:] == ["4 A dummy, of all things, Gradient estimators", "in part"]
+    assert cells[3:] == ["3 A dummy, of all things, Gradient estimators", "in part"]
     assert links == ["differentiation/dummy.html"]
     cells, links = row(built, "source_map.html", "B §1.1")
-    assert cells[3:] == ["1 The loss is a random variable, 4 A dummy, of all things", "ready"]
+    assert cells[3:] == ["1 The loss is a random variable, 3 A dummy, of all things", "ready"]
     assert links == ["training_loop/minibatch_loss.html", "differentiation/dummy.html"]
     others = [cells for cells, links in rows(built, "source_map.html") if "differentiation/dummy.html" not in links]
     assert len(others) == len(rows(built, "source_map.html")) - 2
@@ -142,31 +146,34 @@ def test_the_rows_of_its_sources_lead_to_it(built):
 
 def test_the_reference_has_a_row_and_a_page_for_its_module(built):
     cells, links = row(built, "api.html", "helpers.dummy")
-    assert cells == ["helpers.dummy", "chapter 4: halves"]
+    assert cells == ["helpers.dummy", "chapter 3: halves"]
     assert links == ["api/dummy.html"]
     page = (built / "api/dummy.html").read_text(encoding="utf-8")
-    assert "Chapter 4" in page
+    assert "Chapter 3" in page
     assert 'id="helpers.dummy.half"' in page
 
 
+def test_pages_that_are_made_offer_no_edit(built):
+    offer = f"{ADDRESS}/edit/main/book/"
+    assert f"{offer}api/lab.md" in (built / "api/lab.html").read_text(encoding="utf-8")
+    assert offer not in (built / "api/dummy.html").read_text(encoding="utf-8")
+
+
 def test_the_ledger_has_its_checks_in_its_place(copy):
+    book = Ledger().row_ids
+    before = [id for id in book if id.partition(".")[0] in ("minibatch_loss", "gradient_noise")]
     ledger = Ledger(copy, copy / "helpers/registry")
-    book = Ledger()
-    assert ledger.row_ids == [*book.row_ids, "dummy.half.1"]
-    assert ledger.rows[-1][0].markup == '<a href="differentiation/dummy.html#dummy.half">dummy.half</a>'
+    assert ledger.row_ids == [*before, "dummy.half.1", *book[len(before) :]]
+    (link,) = [row[0].markup for row in ledger.rows if row[0].text == "dummy.half"]
+    assert link == '<a href="differentiation/dummy.html#dummy.half">dummy.half</a>'
 
 
-def test_a_chapter_that_comes_first_moves_the_numbers_of_the_others(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "book/_ext"))
-    import chapters
-
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    first = next(part for part in toc["parts"] if part.get("numbered"))
-    first["chapters"].reverse()
-    (tmp_path / "_toc.yml").write_text(yaml.safe_dump(toc, allow_unicode=True), encoding="utf-8")
-    (tmp_path / "book").mkdir()
-    shutil.copy(ROOT / "book/to_come.yml", tmp_path / "book")
-    shutil.copytree(ROOT / "helpers/registry", tmp_path / "helpers/registry")
-    _, entries = chapters.book_of(tmp_path)
-    assert [entry.link.partition("`")[2][:6] for entry in entries[:2]] == ["1 The ", "2 The "]
-    assert entries[0].link == "{doc}`1 The stochastic gradient and its noise </book/training_loop/gradient_noise>`"
+def test_the_chapters_behind_it_have_other_numbers(built):
+    number, title = "4", "Variance propagation and weight initialization"
+    assert [f"{number} {title}", "ready"] in [cells[1:] for cells, _ in rows(built, "index.html")]
+    assert row(built, "source_map.html", "A §2")[0][3] == f"{number} {title}"
+    assert row(built, "api.html", "helpers.initialization")[0][1].startswith(f"chapter {number}: ")
+    assert f"Chapter {number}" in (built / "api/initialization.html").read_text(encoding="utf-8")
+    notation = [(cells[-1], links) for cells, links in rows(built, "notation.html") if links]
+    assert (number, ["signal_propagation/initialization.html"]) in notation
+    assert {cell for cell, _ in notation} == {"1", "2", number}

@@ -1,8 +1,9 @@
 """What the book says of its chapters, made from the registry and ``_toc.yml``.
 
 ``{parts}`` is the table of parts and chapters, ``{sources}`` the rows of the
-source map, ``{modules}`` the table of the reference. The reference's page of each
-chapter's module is written before Sphinx looks for pages.
+source map, ``{modules}`` the table of the reference, and ``{chapter}`` the number
+of a chapter, with a link to it. The reference's page of each chapter's module is
+written before Sphinx looks for pages.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from pathlib import Path
 import yaml
 from docutils import nodes
 from docutils.statemachine import StringList
-from sphinx.util.docutils import SphinxDirective
+from sphinx.addnodes import pending_xref
+from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from helpers.lab import registry
 
@@ -137,6 +139,29 @@ class Modules(Made):
         return table(["module", "holds"], rows)
 
 
+class Number(SphinxRole):
+    """The number of a chapter, as ``_toc.yml`` has it, with a link to it."""
+
+    def run(self):
+        toc = Path(self.env.srcdir) / "_toc.yml"
+        self.env.note_dependency(str(toc))
+        places = {place.chapter: place for place in registry.places(toc)}
+        if self.text not in places:
+            names = ", ".join(places)
+            message = f"a chapter must be one of {names}, got {self.text!r}"
+            return [], [self.inliner.reporter.error(message, line=self.lineno)]
+        place = places[self.text]
+        text = nodes.inline(text=str(place.number))
+        target = {
+            "refdomain": "std",
+            "reftype": "doc",
+            "reftarget": f"/{place.page}",
+        }
+        return [
+            pending_xref("", text, refexplicit=True, refwarn=True, **target)
+        ], []
+
+
 def write_module_pages(app, config):
     """Write the page of each chapter's module, where it is not there already."""
     root = Path(app.srcdir)
@@ -159,6 +184,7 @@ def setup(app):
     app.add_directive("parts", Parts)
     app.add_directive("sources", Sources)
     app.add_directive("modules", Modules)
+    app.add_role("chapter", Number())
     app.connect("config-inited", write_module_pages)
     app.connect("html-page-context", offer_no_edit, priority=100)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
