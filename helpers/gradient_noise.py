@@ -16,7 +16,8 @@ from torch import nn
 
 from helpers.lab.checks import require_at_least_one, require_positive
 from helpers.lab.estimates import Estimate, function_of
-from helpers.lab.gradients import Loss, _require_examples, flatten, per_sample_gradients
+from helpers.lab.gradients import gradient_chunks
+from helpers.lab.problems import Loss
 
 # A ratio is reported only if its denominator, the squared gradient norm, is this many standard errors above zero:
 # nearer to zero the ratio's error is not normal.
@@ -349,8 +350,8 @@ def gradient_noise_scale(
     require_at_least_one(chunk_size=chunk_size)
     if chunk_size < 2:
         raise ValueError(f"chunk_size must be at least 2, since pairs of examples are compared, got {chunk_size}")
-    mean = sum(rows.sum(0) for rows in _gradient_chunks(model, loss, inputs, targets, chunk_size)) / n  # (P,)
-    deviations, along, overlap = _compare(_gradient_chunks(model, loss, inputs, targets, chunk_size), mean)
+    mean = sum(rows.sum(0) for rows in gradient_chunks(model, loss, inputs, targets, chunk_size=chunk_size)) / n  # (P,)
+    deviations, along, overlap = _compare(gradient_chunks(model, loss, inputs, targets, chunk_size=chunk_size), mean)
     trace = deviations.sum() / (n - 1)
     if not trace > torch.finfo(trace.dtype).eps * mean.square().sum():
         raise ValueError(f"examples must differ in their gradients, got a variance of {trace:.3g}")
@@ -422,15 +423,6 @@ def two_batch_noise_scale(
             f"± {found.stderr:.3g}: measure more batches"
         )
     return function_of(lambda norms: trace(norms) / squared_norm(norms), rows)
-
-
-def _gradient_chunks(
-    model: nn.Module, loss: Loss, inputs: torch.Tensor, targets: torch.Tensor, chunk_size: int
-) -> Iterator[torch.Tensor]:
-    _require_examples(inputs, targets)
-    require_at_least_one(chunk_size=chunk_size)
-    for x, y in zip(inputs.split(chunk_size), targets.split(chunk_size), strict=True):
-        yield flatten(per_sample_gradients(model, loss, x, y))
 
 
 def _compare(chunks: Iterator[torch.Tensor], mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import warnings
 
 import numpy as np
 import pytest
@@ -10,18 +9,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from helpers.lab import gradients
+from helpers.lab import problems
 from helpers.lab.gradients import flatten, mean_gradient, per_sample_gradients, per_sample_squared_norms
 from helpers.lab.runtime import seeded
 from tests.small_networks import (
     COUPLED,
     LOSSES,
     MODELS,
-    Embedded,
     PartlyUsed,
     Scaled,
-    Tied,
-    TiedToEmbedding,
     assert_same,
     build,
     build_named,
@@ -33,7 +29,6 @@ from tests.small_networks import (
     looped_gradients,
     looped_matrix,
     perceptron,
-    trained_batch_norm,
 )
 
 
@@ -49,7 +44,7 @@ def test_per_sample_gradients_equal_one_backward_pass_an_example(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_large_per_sample_gradients_equal_one_backward_pass_an_example(name, chunk_size, monkeypatch):
     # Large gradients are multiplied in another way; here all are large.
-    monkeypatch.setattr(gradients, "LARGE_GRADIENTS", 1)
+    monkeypatch.setattr(problems, "LARGE_GRADIENTS", 1)
     model = build_named(name)
     data = examples(model)
     found = per_sample_gradients(model, functional.cross_entropy, *data, chunk_size=chunk_size)
@@ -57,7 +52,7 @@ def test_large_per_sample_gradients_equal_one_backward_pass_an_example(name, chu
 
 
 def test_large_per_sample_gradients_of_single_precision_stay_single(monkeypatch):
-    monkeypatch.setattr(gradients, "LARGE_GRADIENTS", 1)
+    monkeypatch.setattr(problems, "LARGE_GRADIENTS", 1)
     model = build(perceptron, torch.float32)
     data = examples(model)
     found = per_sample_gradients(model, functional.cross_entropy, *data)
@@ -99,17 +94,37 @@ def test_chunks_make_no_difference_to_per_sample_gradients(chunk_size):
     assert_same(found, looped_gradients(model, functional.cross_entropy, *data))
 
 
-@pytest.mark.parametrize(("chunk_size", "calls"), [(None, 1), (1, 7), (3, 3), (7, 1)])
-def test_per_sample_gradients_treat_a_chunk_at_once(chunk_size, calls):
-    counted = []
+def recorded_chunks(monkeypatch, method):
+    """Return a list that fills with the sizes of the chunks that a method of the problem treats."""
+    sizes = []
+    original = getattr(problems.Problem, method)
 
-    def counting(predictions, targets):
-        counted.append(1)
-        return functional.cross_entropy(predictions, targets)
+    def recording(problem, chunk):
+        sizes.append(len(chunk))
+        return original(problem, chunk)
 
+    monkeypatch.setattr(problems.Problem, method, recording)
+    return sizes
+
+
+@pytest.mark.parametrize(("chunk_size", "sizes"), [(None, [7]), (1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (99, [7])])
+def test_per_sample_gradients_treat_a_chunk_at_once(chunk_size, sizes, monkeypatch):
+    found = recorded_chunks(monkeypatch, "rows")
     model = build(perceptron)
-    per_sample_gradients(model, counting, *examples(model), chunk_size=chunk_size)
-    assert len(counted) == calls
+    per_sample_gradients(model, functional.cross_entropy, *examples(model), chunk_size=chunk_size)
+    assert found == sizes
+
+
+@pytest.mark.parametrize(("limit", "largest"), [(3, 3), (2.99, 2), (0.5, 1)])
+def test_a_chunk_has_as_many_examples_as_fit(limit, largest, monkeypatch):
+    model = build(lambda: nn.Linear(4, 4))
+    inputs, targets = examples(model)
+    # For an example, its gradient; and what backward passes need, which is the input for the weight and 2 x for x².
+    per_example = 8 * (4 * 4 + 4 + 4 + 4)
+    monkeypatch.setattr(problems, "CHUNK_BYTES", per_example * limit)
+    found = recorded_chunks(monkeypatch, "rows")
+    per_sample_gradients(model, lambda prediction, y: prediction.square().sum(), inputs, targets)
+    assert max(found) == largest
 
 
 def test_one_example_has_a_per_sample_gradient():
@@ -199,257 +214,6 @@ def test_flatten_takes_a_parameter_without_dimensions():
     np.testing.assert_allclose(found, looped_matrix(model, functional.cross_entropy, *data), rtol=1e-9, atol=1e-12)
 
 
-# Squared norms without the gradients
-
-
-class NormedInput(nn.Module):
-    """Ends in something other than a linear layer, and starts with a normalization without parameters."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.layer = nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return torch.sin(self.layer(self.norm(x))) * 2
-
-
-class Branches(nn.Module):
-    """Applies two layers to one input and a third to their product, in another order than it defines them."""
-
-    def __init__(self):
-        super().__init__()
-        self.last, self.one, self.other = nn.Linear(6, 4), nn.Linear(4, 6), nn.Linear(4, 6)
-
-    def forward(self, x):
-        return self.last(self.other(x) * self.one(x))
-
-
-LINEAR_MODELS = {
-    "relu": perceptron,
-    "no biases": lambda: perceptron(bias=False),
-    "one layer": lambda: nn.Linear(4, 4),
-    "relu in place": lambda: perceptron(lambda: nn.ReLU(inplace=True)),
-    "relu in place at the end": lambda: nn.Sequential(perceptron(), nn.ReLU(inplace=True)),
-    "gelu": lambda: perceptron(nn.GELU),
-    "tanh": lambda: perceptron(nn.Tanh),
-    "no linear last layer": NormedInput,
-    "branches": Branches,
-    "frozen weight": lambda: frozen(perceptron(), "2.weight"),
-    "frozen bias": lambda: frozen(perceptron(), "2.bias"),
-    "frozen weight of the first layer": lambda: frozen(perceptron(), "0.weight"),
-    "only one bias trained": lambda: frozen(perceptron(), "0.weight", "2.weight", "2.bias", "4.weight", "4.bias"),
-    "frozen layer": lambda: frozen(perceptron(), "2.weight", "2.bias"),
-    "frozen convolution": lambda: frozen(convolutional(), "0.weight", "0.bias", "1.weight", "1.bias"),
-    "batch norm without parameters": lambda: nn.Sequential(
-        nn.Linear(4, 6), nn.BatchNorm1d(6, affine=False), nn.ReLU(), nn.Linear(6, 4)
-    ).eval(),
-    "subclass of linear": lambda: nn.Sequential(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)),
-}
-
-
-def squared_norms_by_loops(model, loss, inputs, targets):
-    return torch.as_tensor(np.square(looped_matrix(model, loss, inputs, targets)).sum(1))
-
-
-@pytest.mark.parametrize("name", LINEAR_MODELS)
-def test_squared_norms_equal_those_of_looped_gradients(name):
-    model = build(LINEAR_MODELS[name])
-    data = examples(model)
-    found = per_sample_squared_norms(model, functional.cross_entropy, *data)
-    expected = squared_norms_by_loops(model, functional.cross_entropy, *data)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_squared_norms_are_those_of_the_loss_of_one_example(name):
-    model = build(perceptron)
-    data = examples(model, name)
-    found = per_sample_squared_norms(model, LOSSES[name], *data)
-    rows = flatten(per_sample_gradients(model, LOSSES[name], *data))
-    torch.testing.assert_close(found, rows.square().sum(1), rtol=1e-9, atol=0)
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_squared_norms_of_few_examples(n):
-    model = build(perceptron)
-    data = examples(model, n=n)
-    found = per_sample_squared_norms(model, functional.cross_entropy, *data)
-    expected = squared_norms_by_loops(model, functional.cross_entropy, *data)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
-
-
-def test_squared_norms_of_single_precision_stay_single():
-    model = build(perceptron, torch.float32)
-    data = examples(model)
-    found = per_sample_squared_norms(model, functional.cross_entropy, *data)
-    assert found.dtype == torch.float32
-    expected = squared_norms_by_loops(model, functional.cross_entropy, *data)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
-
-
-def hooks(model):
-    return sum(len(module._forward_hooks) for module in model.modules())
-
-
-def test_squared_norms_leave_no_hooks():
-    model = build(perceptron)
-    per_sample_squared_norms(model, functional.cross_entropy, *examples(model))
-    assert hooks(model) == 0
-
-
-def test_squared_norms_leave_no_hooks_after_an_error_of_the_model():
-    model = build(perceptron)
-    inputs, targets = examples(model)
-    with pytest.raises(RuntimeError, match="shapes"):
-        per_sample_squared_norms(model, functional.cross_entropy, inputs[:, :2], targets)
-    assert hooks(model) == 0
-
-
-def test_squared_norms_leave_no_hooks_after_an_error_of_the_loss():
-    def broken(predictions, targets):
-        raise ZeroDivisionError
-
-    model = build(perceptron)
-    with pytest.raises(ZeroDivisionError):
-        per_sample_squared_norms(model, broken, *examples(model))
-    assert hooks(model) == 0
-
-
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.layer = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.layer(torch.relu(self.layer(self.first(x))))
-
-
-class Never(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head, self.idle, self.also_idle = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.head(x)
-
-
-@pytest.mark.parametrize(
-    ("constructor", "message"),
-    [
-        (convolutional, "all trainable parameters must belong to linear layers, got one of '0'"),
-        (
-            lambda: frozen(convolutional(), "0.weight", "0.bias"),
-            "all trainable parameters must belong to linear layers, got one of '1'",
-        ),
-        (MODELS["layer norm"], "all trainable parameters must belong to linear layers, got one of '1'"),
-        (PartlyUsed, "all trainable parameters must belong to linear layers, got one of ''"),
-        (Embedded, "all trainable parameters must belong to linear layers, got one of 'words'"),
-        (trained_batch_norm, "all trainable parameters must belong to linear layers, got one of '1'"),
-        (Tied, "each parameter must belong to one layer, got one shared by one and other"),
-        (TiedToEmbedding, "each parameter must belong to one layer, got one shared by one and other"),
-        (Twice, "each linear layer must be applied once, but layer is applied again"),
-        (
-            lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2),
-            "each linear layer must be applied once, but 0 is applied again",
-        ),
-        (Never, "each linear layer must be applied once, but idle is not applied"),
-        (nn.ReLU, "model must have a linear layer to train, got none"),
-        (
-            lambda: frozen(nn.Linear(4, 4), "weight", "bias"),
-            "model must have a linear layer to train, got none",
-        ),
-    ],
-)
-def test_squared_norms_refuse_models_the_trick_does_not_fit(constructor, message):
-    model = build(constructor)
-    data = examples(build(convolutional if message.endswith(("'0'",)) else perceptron))
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        per_sample_squared_norms(model, functional.cross_entropy, *data)
-    assert hooks(model) == 0
-
-
-@pytest.mark.parametrize(
-    ("constructor", "shape", "message"),
-    [
-        (lambda: nn.Linear(4, 4), (3, 5, 4), "the model needs a row for each of 3 examples, got inputs (3, 5, 4)"),
-        (perceptron, (3, 5, 4), "0 needs a row for each of 3 examples, got inputs (3, 5, 4)"),
-        (perceptron, (4,), "0 needs a row for each of 4 examples, got inputs (4,)"),
-    ],
-)
-def test_squared_norms_refuse_inputs_that_are_no_matrix(constructor, shape, message):
-    model = build(constructor)
-    inputs = torch.ones(shape, dtype=torch.float64)
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        per_sample_squared_norms(model, functional.mse_loss, inputs, inputs)
-    assert hooks(model) == 0
-
-
-def test_a_frozen_layer_may_be_applied_twice_and_to_anything():
-    model = build(lambda: nn.Sequential(frozen(Twice(), "layer.weight", "layer.bias"), nn.Linear(4, 4)))
-    data = examples(model)
-    found = per_sample_squared_norms(model, functional.cross_entropy, *data)
-    expected = squared_norms_by_loops(model, functional.cross_entropy, *data)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
-
-
-def test_frozen_parameters_may_be_shared_and_belong_to_other_layers():
-    model = build(lambda: frozen(TiedToEmbedding(), "one.weight"))
-    data = examples(model)
-    found = per_sample_squared_norms(model, functional.cross_entropy, *data)
-    expected = squared_norms_by_loops(model, functional.cross_entropy, *data)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
-
-
-class Context(nn.Module):
-    """Adds one layer's image of a constant row, which all examples share."""
-
-    def __init__(self):
-        super().__init__()
-        self.head, self.context = nn.Linear(4, 4), nn.Linear(3, 4)
-        self.register_buffer("row", torch.tensor([[1.0, -2.0, 0.5]]))
-
-    def forward(self, x):
-        return self.head(x) + self.context(self.row)
-
-
-def test_squared_norms_refuse_a_layer_applied_to_a_row_that_all_examples_share():
-    model = build(Context)
-    message = "context needs a row for each of 7 examples, got inputs (1, 3)"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        per_sample_squared_norms(model, functional.cross_entropy, *examples(model))
-    assert hooks(model) == 0
-
-
-class LowRank(nn.Linear):
-    """Adds a matrix of rank one to its weight, as a subclass with parameters of its own."""
-
-    def __init__(self):
-        super().__init__(4, 4)
-        self.down, self.up = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(4, 1))
-
-    def forward(self, x):
-        return super().forward(x) + x @ self.down.T @ self.up.T
-
-
-def reparametrized():
-    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 4))
-
-
-def reparametrized_by_hooks():
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        return nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 4))
-
-
-@pytest.mark.parametrize(
-    "constructor",
-    [reparametrized, reparametrized_by_hooks, lambda: nn.Sequential(LowRank())],
-)
-def test_squared_norms_refuse_a_linear_layer_with_other_parameters_than_weight_and_bias(constructor):
-    model = build(constructor)
-    with pytest.raises(ValueError, match=r"^all trainable parameters must belong to linear layers, got one of '0"):
-        per_sample_squared_norms(model, functional.cross_entropy, *examples(model))
-
-
 # Mean gradient
 
 
@@ -477,15 +241,9 @@ def test_chunks_make_no_difference_to_the_mean_gradient(chunk_size):
     assert_same(found, gradient_of_mean_loss(model, functional.cross_entropy, *data))
 
 
-def test_mean_gradient_treats_1024_examples_at_once_unless_told_otherwise():
-    sizes = []
-
-    class Counting(nn.Linear):
-        def forward(self, x):
-            sizes.append(len(x))
-            return super().forward(x)
-
-    model = build(lambda: Counting(4, 4))
+def test_mean_gradient_treats_1024_examples_at_once_at_most_unless_told_otherwise(monkeypatch):
+    sizes = recorded_chunks(monkeypatch, "summed")
+    model = build(lambda: nn.Linear(4, 4))
     mean_gradient(model, functional.cross_entropy, *examples(model, n=2500))
     assert sizes == [1024, 1024, 452]
 
@@ -546,23 +304,3 @@ def test_batch_statistics_are_refused_with_the_reason(call, name):
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         CALLS[call](build(constructor), functional.cross_entropy, *far_examples())
-
-
-class SideBranch(nn.Module):
-    """Computes something that its output does not need."""
-
-    def __init__(self):
-        super().__init__()
-        self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        self.unused(x)
-        return self.used(x)
-
-
-def test_a_layer_whose_output_is_not_used_adds_nothing_to_the_squared_norms():
-    model = build(SideBranch)
-    data = examples(model)
-    norms = per_sample_squared_norms(model, functional.cross_entropy, *data)
-    looped = looped_matrix(model, functional.cross_entropy, *data)
-    np.testing.assert_allclose(norms, np.square(looped).sum(1), rtol=1e-9)

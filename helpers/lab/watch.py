@@ -3,12 +3,15 @@
 :func:`untouched` puts a model back, whatever happened to it; :func:`watch` hands over what its layers took and gave.
 """
 
+import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -30,12 +33,15 @@ class Call:
     outputs : tuple of torch.Tensor
         The floating-point tensors that it returned, in order. The network went on with copies of them, so they keep
         their values, and they are part of its graph.
+    arguments : tuple of tuple and dict
+        All that it was given, by position and by keyword, with `inputs` in place of its tensors.
     """
 
     name: str
     layer: nn.Module
     inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
+    arguments: tuple[tuple, dict[str, Any]]
 
     @property
     def output(self) -> torch.Tensor:
@@ -119,8 +125,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Put a model back at the end of the ``with`` block, also after an error.
 
     Put back are values and identity of parameters and buffers, ``requires_grad``, ``.grad`` (which is None inside),
-    training modes, hooks, all other attributes of its modules, and torch's global random states, on the CPU and on the
-    model's CUDA devices. Costs a copy of the model.
+    training modes, hooks, all other attributes of its modules, and the global random states of Python, NumPy and torch,
+    on the CPU and on the model's CUDA devices. Costs a copy of the model.
 
     Parameters
     ----------
@@ -143,6 +149,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modules = [(module, _Attributes(module)) for module in model.modules()]
     tensors = [_Values(tensor) for tensor in {*model.parameters(), *model.buffers()}]
     devices = {values.tensor.device.index for values in tensors if values.tensor.is_cuda}
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=sorted(devices)):
         try:
             model.zero_grad()
@@ -152,6 +159,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 attributes.put_back(module)
             for values in tensors:
                 values.put_back()
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 class _Attributes:
@@ -197,17 +206,19 @@ class _Values:
 
 def _record(name: str, layer: nn.Module, calls: list[Call]) -> list[Any]:
     """Have the calls of a layer appended, and return the handles of the hooks that do it."""
-    started = []  # the inputs of calls that have begun: a layer may call itself
+    started = []  # the arguments of calls that have begun: a layer may call itself
 
     def before(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        started.append(tuple(x.detach().clone() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)))
+        copy = partial(tree_map, lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x)
+        started.append((copy(args), copy(kwargs)))
 
     def after(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        inputs = started.pop()
+        arguments = started.pop()
+        inputs = tuple(x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor))
         output = tree_map(_differentiable, output)
         outputs = tuple(x for x in tree_leaves(output) if _is_floating(x))
         if outputs:
-            calls.append(Call(name, layer, inputs, outputs))
+            calls.append(Call(name, layer, inputs, outputs, arguments))
         return tree_map(lambda x: x.clone() if _is_floating(x) else x, output)
 
     return [
