@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from helpers.lab._problems import Loss
 from helpers.lab.checks import require_at_least_one, require_positive
 from helpers.lab.estimates import Estimate, function_of
 from helpers.lab.gradients import gradient_chunks
-from helpers.lab.problems import Loss
 
 # A ratio is reported only if its denominator, the squared gradient norm, is this many standard errors above zero:
 # nearer to zero the ratio's error is not normal.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from helpers.lab import problems
+from helpers.lab import _problems as problems
 from helpers.lab.gradients import flatten, mean_gradient, per_sample_gradients, per_sample_squared_norms
 from helpers.lab.runtime import seeded
 from tests.small_networks import (

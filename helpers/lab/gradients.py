@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from helpers.lab._problems import COMPARED, Gradients, Loss, Problem, require_uncoupled, side_by_side, trainable_of
+from helpers.lab._squared_norms import Layerwise
 from helpers.lab.batches import Batch, batches_of
 from helpers.lab.checks import require_at_least_one
-from helpers.lab.problems import COMPARED, Gradients, Loss, Problem, require_uncoupled, side_by_side, trainable_of
-from helpers.lab.squared_norms import Layerwise
 from helpers.lab.watch import untouched
 
 

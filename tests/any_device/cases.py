@@ -10,7 +10,19 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from helpers import gradient_noise, initialization, minibatch_loss
-from helpers.lab import checks, claims, datasets, estimates, gaussian, gradients, models, runtime, training
+from helpers.lab import (
+    batches,
+    checks,
+    claims,
+    datasets,
+    estimates,
+    gaussian,
+    gradients,
+    models,
+    runtime,
+    training,
+    watch,
+)
 from helpers.lab import networks as random_networks
 
 LOSSES = {"n_batches": 5, "batch_size": 4, "mean": 1.5, "std": 0.7}
@@ -21,6 +33,10 @@ ID = "any.device"
 
 def problem(at, n=6):
     return {"model": at.model(), "loss": cross_entropy, "inputs": at.normal(n, 3), "targets": at.integers(2, n)}
+
+
+def direction(at):
+    return {"0.weight": at.normal(4, 3), "0.bias": at.normal(4), "2.weight": at.normal(2, 4), "2.bias": at.normal(2)}
 
 
 def one_sided_problem(at):
@@ -130,11 +146,7 @@ ELSEWHERE = [
         lambda at: {"n_epochs": 5, "batch_size": 4, "population_size": 20, "generator": at.generator},
     ),
     (gradient_noise.batch_noise, lambda at: {"gradients": at.normal(20, 3), "batches": at.integers(20, 5, 4)}),
-    (gradients.per_sample_gradients, problem),
-    (gradients.per_sample_gradients, lambda at: problem(at) | {"chunk_size": 4}),
     (gradients.flatten, lambda at: {"gradients": {"weight": at.normal(6, 4, 3), "bias": at.normal(6, 4)}}),
-    (gradients.per_sample_squared_norms, problem),
-    (gradients.mean_gradient, lambda at: problem(at) | {"chunk_size": 4}),
     (random_networks.preactivations, networks),
     (random_networks.preactivations, lambda at: networks(at, bias_variance=0.1, mode="fan_avg")),
     (random_networks.propagate, networks),
@@ -153,6 +165,11 @@ BY_VALUES = [
     (minibatch_loss.intraclass_correlation, lambda at: {"losses": at.normal(100, 4)}),
     (minibatch_loss.correlation_interval, lambda at: {"losses": at.normal(100, 4)}),
     (minibatch_loss.effective_batch_interval, lambda at: {"losses": list(at.normal(100, 4))}),
+    (gradients.per_sample_gradients, problem),
+    (gradients.per_sample_gradients, lambda at: problem(at) | {"chunk_size": 4}),
+    (gradients.per_sample_squared_norms, problem),
+    (gradients.mean_gradient, lambda at: problem(at) | {"chunk_size": 4}),
+    (gradients.per_sample_products, lambda at: problem(at) | {"direction": direction(at)}),
     (gradient_noise.gradient_noise_scale, one_sided_problem),
     (gradient_noise.two_batch_noise_scale, squared_norms),
     (gradient_noise.two_batch_noise_scale, lambda at: squared_norms(at) | {"population_size": 100}),
@@ -196,3 +213,12 @@ MODELS = [(models.mlp, {"sizes": (3, 4, 2)}, lambda at: at.normal(5, 3).float())
 
 # Not run: they say what the device is.
 CHOOSE_THE_DEVICE = [runtime.device, runtime.generator]
+# Not run by themselves, as generators and contexts: the gradients above run them.
+WITHIN_OTHERS = [
+    batches.batches_of,
+    gradients.gradient_chunks,
+    watch.is_leaf,
+    watch.output_gradients,
+    watch.untouched,
+    watch.watch,
+]

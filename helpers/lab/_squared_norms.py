@@ -13,8 +13,8 @@ from torch import nn
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from helpers.lab._problems import Problem, as_matrix, losses_of, replaced, require_finite, wide
 from helpers.lab.batches import Batch
-from helpers.lab.problems import Problem, as_matrix, losses_of, replaced, require_finite, wide
 from helpers.lab.watch import Call, is_leaf, watch
 
 
