@@ -5,6 +5,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -24,10 +25,12 @@ from helpers.lab.claims import (
     check_bounded,
     check_exact,
     exact,
+    percent,
 )
 from helpers.lab.estimates import Covariance, Estimate, Proportion, mean, proportion
 from helpers.lab.runtime import rng
 
+BOOK = Path(__file__).parents[1] / "book"
 ID = "chapter.slug"
 FALSE_ALARM, MISS = 1e-6, 1e-3
 CLAIMS = 8_000
@@ -148,7 +151,7 @@ def test_evidence_is_enough_up_to_its_limit(entries, resolution):
     limit = evidence_limit(FALSE_ALARM, MISS, entries, resolution)
     formula = np.linspace(1, 5, entries) if entries > 1 else np.array(2.0)
     enough, too_noisy = (
-        check_agree(ID, Estimate(formula, formula * limit * x, N, 0), formula=formula, resolution=resolution)
+        check_agree(ID, Estimate(formula * 1.0001, formula * limit * x, N, 0), formula=formula, resolution=resolution)
         for x in (1 - 1e-6, 1 + 1e-6)
     )
     assert enough.passed
@@ -176,8 +179,35 @@ VALUES = [variance(**setting) for setting in SETTINGS]
 
 
 def test_a_sample_too_noisy_is_a_failure():
-    claim = check_agree(ID, good(value=0.125, stderr=0.002), formula=0.125)
+    claim = check_agree(ID, good(stderr=0.002), formula=0.125)
     assert claim.problems == ["too noisy: would catch 13 %, wanted 5 %"]
+
+
+COPIED = "the simulation equals the formula to the last digit: it was not simulated"
+
+
+@pytest.mark.parametrize("off", [1.0, 1 + 1e-15, 1 - 0.9e-14])
+@pytest.mark.parametrize("formula", [0.125, [0.125, 0.3], [0.0, 0.3]])
+def test_a_simulation_that_equals_its_formula_is_a_failure(formula, off):
+    formula = np.array(formula)
+    claim = check_agree(ID, Estimate(formula * off, 1e-5, N, 0), formula=formula, scale=1.0)
+    assert claim.problems == [COPIED]
+
+
+@pytest.mark.parametrize(("simulated", "formula"), [(0.3 + 1.1e-14, 0.3), ([0.3, 0.1 + 1e-6], [0.3, 0.1]), (0.0, 0.0)])
+def test_a_simulation_that_differs_in_one_entry_or_is_0_is_no_copy(simulated, formula):
+    assert check_agree(ID, Estimate(simulated, 1e-5, N, 0), formula=formula, scale=1.0).passed
+
+
+def test_two_simulations_from_the_same_data_are_a_failure():
+    assert check_agree(ID, good(), formula=good()).problems == [COPIED]
+
+
+@pytest.mark.parametrize(("n", "copied"), [(700_000, False), (800_000, True)])
+def test_relative_frequencies_that_equal_the_formula_are_a_failure_if_chance_is_small(n, copied):
+    # Each of two hits 0.3 with probability 1/√(2πn·0.21), both with 1.08e-6 or 0.95e-6; the limit is 1e-6.
+    claim = check_agree(ID, Proportion([0.3, 0.3], math.sqrt(0.21 / n), n, 0), formula=[0.3, 0.3])
+    assert claim.problems == ([COPIED] if copied else [])
 
 
 def test_a_sample_too_skewed_is_a_failure():
@@ -269,7 +299,7 @@ def test_standard_errors_of_two_estimates_combine():
 def test_third_cumulants_of_two_estimates_combine(signs):
     # Of the difference: γ₁σ₁³ - γ₂σ₂³ over (σ₁² + σ₂²)^1.5, each γ being that of the estimate, skewness / √n.
     first, second = signs
-    simulated, formula = good(1.0, 0.003, 100, first * 1.5), good(1.0, 0.002, 400, second * 5.0)
+    simulated, formula = good(1.001, 0.003, 100, first * 1.5), good(1.0, 0.002, 400, second * 5.0)
     asymmetry = (first * 0.15 * 0.003**3 - second * 0.25 * 0.002**3) / (0.003**2 + 0.002**2) ** 1.5
     skew = abs(asymmetry) * upper_quantile(5e-7) ** 3 / 3
     claim = check_agree(ID, simulated, formula=formula)
@@ -284,7 +314,7 @@ def test_errors_of_proportions_are_measured_against_the_smaller_probability():
 
 def test_errors_of_covariances_are_measured_against_the_standard_deviations():
     matrix = np.array([[4.0, 0.0], [0.0, 9.0]])
-    claim = check_agree(ID, Covariance(matrix, 0.01, N, 0.0), formula=matrix)
+    claim = check_agree(ID, Covariance(matrix + 0.001, 0.01, N, 0.0), formula=matrix)
     assert claim.passed
     assert claim.figures["would_catch"] == pytest.approx(0.05 * 0.01 / 4 / evidence_limit(FALSE_ALARM, MISS, 4))
 
@@ -866,7 +896,7 @@ def test_html_is_escaped():
     [
         lambda: check_agree(ID, good(), formula=0.125, case="a case"),
         lambda: check_agree(ID, spread_over(VALUES), formula=variance, derived=s**2 / m, at=SETTINGS, case="a case"),
-        lambda: check_agree(ID, good(), formula=good(), case="a case"),
+        lambda: check_agree(ID, good(), formula=good(0.125), case="a case"),
         lambda: check_agree(ID, good(), formula=0.128, case="a case"),
         lambda: check_exact(ID, np.ones(3), np.ones(3), case="a case"),
         lambda: check_bounded(ID, np.ones(2), bound=2, attained=ATTAINED, case="a case"),
@@ -906,6 +936,59 @@ def test_record_of_an_exact_claim_holds_its_figures(computed, shown):
     record = check_exact(ID, [1.0, 2.0, 4.0], computed)._repr_mimebundle_()[1]["claim"]
     expected = {"formula": [1.0, 2.0, 4.0], "computed": computed, "rtol": 1e-9, "shown": shown}
     assert {name: record[name] for name in expected} == expected
+
+
+def shown_figures(record):
+    """Return the figures of a record's shown entry, written as a row writes them."""
+
+    def entry(name):
+        return np.ravel(record[name])[record["shown"]]
+
+    if record["kind"] == "agree":
+        derived = [] if record["derived"] is None else [f"{entry('derived'):.5g} = "]
+        simulated = f"≈ {entry('simulated'):.5g} ± {entry('stderr'):.2g}"
+        return [
+            *derived,
+            f"{entry('formula'):.5g} {simulated}  z {entry('z'):+.2f}  would catch ",
+            percent(record["would_catch"]),
+        ]
+    if record["kind"] == "exact":
+        return [f"{entry('formula'):.5g} {'=' if record['passed'] else '≠'} {entry('computed'):.5g}"]
+    slack = [] if record["slack"] is None else [f"slack {percent(record['slack'])}"]
+    return [f"{record['seen']} ≤ {entry('bound'):.5g}", *slack]
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        lambda: check_agree(ID, good(), formula=0.125),
+        lambda: check_agree(ID, spread_over(VALUES), formula=variance, derived=s**2 / m, at=SETTINGS),
+        lambda: check_agree(ID, good(), formula=0.128),
+        lambda: check_exact(ID, [1.0, 2.0], [1.0, 2.5]),
+        lambda: check_exact(ID, 3.0, 3.0, rtol=0),
+        lambda: check_bounded(ID, [0.5, 1.5], bound=2.0, control=CONTROL),
+        lambda: check_bounded(ID, -1.0, bound=0.0, control=(1.0, 0.0)),
+        lambda: check_bounded(ID, proportion(np.arange(9) < 2), bound=0.9, control=CONTROL),
+    ],
+)
+def test_figures_of_a_record_occur_in_its_row(claim):
+    record = claim()._repr_mimebundle_()[1]["claim"]
+    for figure in shown_figures(record):
+        assert figure in record["row"]
+
+
+@pytest.mark.parametrize("notebook", sorted(BOOK.glob("*/*.ipynb")), ids=lambda path: path.stem)
+def test_figures_of_every_stored_claim_occur_in_its_printed_row(notebook):
+    # nbval compares the text and skips the metadata, from which the ledger is made.
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", []) if "claim" in output.get("metadata", {})]
+    assert outputs
+    for output in outputs:
+        record, text = output["metadata"]["claim"], "".join(output["data"]["text/plain"])
+        name = f"{record['id']} [{record['case']}]" if record["case"] else record["id"]
+        assert text == "\n".join([f"{name}  {record['row']}", *(f"  FAILED: {p}" for p in record["problems"])])
+        for figure in shown_figures(record):
+            assert figure in record["row"], f"{name}: {figure!r} is stored, the row says {record['row']!r}"
 
 
 def test_record_counts_entries_of_matrices_row_by_row():

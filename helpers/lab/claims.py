@@ -32,6 +32,7 @@ from helpers.lab.tables import Html, Table
 
 FALSE_ALARM = 1e-6  # probability that a right formula fails, for a whole claim
 MISS = 1e-3  # probability that a formula wrong by `resolution` passes
+COPY = 1e-14  # relative difference below which a simulation is a copy of its formula
 ROUNDING = 1e-9  # relative difference that two computations of one number may have
 MAX_LOG_TAIL_ERROR = math.log(2)  # skewness may change a tail probability by no more than a factor of two
 ID_PATTERN = re.compile(r"[a-z][a-z0-9_]*\.[a-z][a-z0-9_]*")
@@ -137,8 +138,9 @@ def agree(
         After showing the row: if simulation and formula differ by more than c standard errors, with
         ``c = Φ⁻¹(1 - 1e-6 / 2k)`` for k entries, so that a right formula fails once in a million; if
         ``resolution · scale < (c + 3.09) · stderr``, so that a wrong one might pass; if the samples are so skewed that
-        the normal approximation of that tail is off by more than a factor of two, ``|γ| c³ / (3 √n) > ln 2``; or if
-        `derived` differs from `formula`.
+        the normal approximation of that tail is off by more than a factor of two, ``|γ| c³ / (3 √n) > ln 2``; if
+        `derived` differs from `formula`; or if the simulation equals the formula to the last digit, in every entry that
+        is not 0. (The mean of whole numbers can hit a formula by chance: state it as a proportion.)
     ValueError
         If a figure is NaN or infinite, a standard error 0, a shape wrong, the scale 0, or the settings not generic.
     """
@@ -265,6 +267,8 @@ def check_agree(
         problems.append(f"too noisy: would catch {percent(catches.max())}, wanted {percent(resolution)}")
     if (skew > MAX_LOG_TAIL_ERROR).any():
         problems.append(f"too skewed for its sample: |γ|c³/(3√n) = {skew.max():.2g} must not exceed ln 2 = 0.69")
+    if _copied(simulated, theory):
+        problems.append("the simulation equals the formula to the last digit: it was not simulated")
     if not np.all(np.abs(z) <= critical):
         problems.append(f"simulation and formula differ{where} by {abs(z[worst]):.1f} standard errors")
 
@@ -456,6 +460,20 @@ def _theory(
         _require_shape("formula", theory.shape[:1], (len(at),))
     _require_shape("formula", theory.shape, simulated.value.shape)
     return theory, simulated.asymmetry, simulated.stderr
+
+
+def _copied(simulated: Estimate, theory: np.ndarray) -> bool:
+    """Whether a simulation equals a formula in every entry that is not 0, to rounding, as only a copy does.
+
+    A mean of real numbers does so with probability 0. A relative frequency k/n does with probability 1/√(2πnp(1-p)),
+    and is a copy only if that is below the rate of false alarms for all entries together.
+    """
+    told = theory != 0  # a mean of whole numbers can well be 0
+    if not told.any() or (np.abs(simulated.value - theory) > COPY * np.abs(theory))[told].any():
+        return False
+    if not isinstance(simulated, Proportion):
+        return True
+    return bool(np.prod(1 / (math.sqrt(2 * math.pi) * simulated.n * simulated.stderr)) < FALSE_ALARM)
 
 
 def _derivation(derived: sp.Expr, at: Settings | None, shape: tuple[int, ...]) -> np.ndarray:
