@@ -453,6 +453,18 @@ def test_variance_of_a_fair_coin_is_refused(n):
         variance(coin * 1.0)
 
 
+@pytest.mark.parametrize(("ones", "refused"), [(8, False), (9, True)])
+def test_variance_of_a_coin_is_refused_where_its_quadratic_term_over_n_minus_1_asks_for_it(ones, refused):
+    # With pq the variance, the linear term is pq(1 - 4pq) and the quadratic one 2(pq)²: at n = 45 the limit is
+    # pq = 1/(4 + 100/44) = 0.1594. It lies between 8 and 9 ones, pq = 0.1462 and 0.16; with n for n - 1 it would not.
+    coin = np.repeat([1.0, 0.0], [ones, 45 - ones])
+    if not refused:
+        variance(coin)
+        return
+    with pytest.raises(ValueError, match=re.escape("n - 1 = 0.0582, got 0.0576 with n = 45")):
+        variance(coin)
+
+
 def test_variance_of_one_fair_coin_among_others_is_refused():
     coins = rng("test.estimates.coins").random((5000, 3)) < [0.2, 0.5, 0.3]
     with pytest.raises(ValueError, match="a standard error needs influence values that vary"):
