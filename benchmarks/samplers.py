@@ -31,7 +31,7 @@ def races() -> list[Race]:
     return [
         *races_of_losses(),
         race("shared_shift_gradients", shared_shift, normals(SHAPE, SHAPE, COLUMN), shared_shift_by_definition),
-        race("stable_losses", stable, uniforms(SHAPE, SHAPE), stable_by_definition),
+        race_of_stable_losses(),
         race_of_batches(),
         race("shuffled_epochs", epochs, permutations, lambda orders: torch.stack(orders).reshape(EPOCHS, -1, BATCH)),
     ]
@@ -102,15 +102,26 @@ def shared_shift_by_definition(drawn: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([residual * x, residual], dim=-1)
 
 
-def stable(source: torch.Generator) -> torch.Tensor:
-    return minibatch_loss.stable_losses(*SHAPE, alpha=ALPHA, generator=source, dtype=DTYPE)
+def race_of_stable_losses() -> Race:
+    """Two uniform numbers each are what the definition needs; the sampler takes them from integers of 64 bits."""
+
+    def stable(source: torch.Generator) -> torch.Tensor:
+        return minibatch_loss.stable_losses(*SHAPE, alpha=ALPHA, generator=source, dtype=DTYPE)
+
+    require_equal(stable(generator("stable_losses")), stable_by_definition(generator("stable_losses")))
+    return race("stable_losses", stable, uniforms(SHAPE, SHAPE))
 
 
-def stable_by_definition(drawn: list[torch.Tensor]) -> torch.Tensor:
-    angle = (math.pi * (drawn[0] - 0.5)).double()
-    waiting_time = -torch.log1p(-drawn[1].double())
-    tail = (torch.cos((1 - ALPHA) * angle) / waiting_time) ** ((1 - ALPHA) / ALPHA)
-    return (torch.sin(ALPHA * angle) / torch.cos(angle) ** (1 / ALPHA) * tail).to(DTYPE)
+def stable_by_definition(source: torch.Generator) -> torch.Tensor:
+    parts = [torch.empty(0, dtype=torch.float64)]
+    for entries in torch.empty(math.prod(SHAPE)).split(minibatch_loss.CACHED):
+        bits = torch.empty(len(entries), dtype=torch.int64).random_(-(2**63), None, generator=source)
+        angle, uniform = bits.view(torch.int32).to(DTYPE).mul_(2.0**-32).view(2, -1)
+        waiting_time = -torch.log((2 * uniform.abs()).clamp(max=1 - torch.finfo(DTYPE).eps / 2).double())
+        angle = (math.pi * angle).double()
+        tail = (torch.cos((1 - ALPHA) * angle) / waiting_time) ** ((1 - ALPHA) / ALPHA)
+        parts.append(torch.sin(ALPHA * angle) / torch.cos(angle) ** (1 / ALPHA) * tail)
+    return torch.cat(parts).reshape(SHAPE).to(DTYPE)
 
 
 # Chapter "The stochastic gradient and its noise"
