@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from helpers.lab._problems import Problem, as_matrix, losses_of, replaced, require_finite, wide
+from helpers.lab._problems import Problem, as_matrix, losses_of, plain_attention, replaced, require_finite, wide
 from helpers.lab.batches import Batch
 from helpers.lab.watch import Call, is_leaf, watch
 
@@ -180,7 +180,8 @@ def _gradients_of_layer(
         for tensors, dims in ((call.inputs, layout.inputs), (deltas, layout.outputs))
     ]
     gradients = vmap(grad(along_deltas), in_dims=(None, layout.inputs, layout.outputs))
-    return [wide(x) for x in gradients([p.detach() for p in own], *parts)]
+    with plain_attention():
+        return [wide(x) for x in gradients([p.detach() for p in own], *parts)]
 
 
 def _squared_norms(pieces: list[Piece], shape: torch.Size) -> torch.Tensor:
