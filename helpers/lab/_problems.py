@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class Problem:
         self.names, self.parameters = list(trainable), list(trainable.values())
         self.moving: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers that a forward pass moves, and their values
         self.fixed: list[nn.Parameter] = []  # that could be trained, but whose gradients are not asked for
-        self.sliceable = self.vectorized = self.random = False
+        self.sliceable = self.random = False
         self.averages = self.sums = True  # what the loss may do over a batch, as long as nothing speaks against it
 
     # What is settled once
@@ -68,7 +69,6 @@ class Problem:
             self.singles = self._one_by_one(some, prediction)
             require_finite(self.names, self.singles, some)
             self._compare(some, whole, self.singles)
-            self.vectorized = self._can_vectorize()
 
     def _observe(self, some: Batch) -> bool:
         """Note which buffers a pass moves and how much it stores, and return whether it draws random numbers."""
@@ -131,13 +131,21 @@ class Problem:
         scales = [as_matrix(x).norm(dim=1).sum() for x in self.singles]
         return PENALTY if self.close(apart, [x.sum(0) for x in self.singles], scales) else MODEL_COUPLES
 
-    def _can_vectorize(self) -> bool:
+    @cached_property
+    def vectorized(self) -> bool:
+        """Whether vmap gives the gradients that one backward pass an example gives; found out when it is needed."""
         if self.moving:
             return False
+        states = _random_state(self.parameters[0].device)
         try:
-            found, _ = self._vectorized(self.some)
+            with _evaluating(self.model) if self.random else nullcontext():
+                found, _ = self._vectorized(self.some)
+            if self.random:
+                self._vectorized(self.some)  # in training it may do something else that vmap cannot do
         except Exception:  # whatever vmap cannot do; the loop has just done it
             return False
+        finally:
+            _set_random_state(states, self.parameters[0].device)
         return self.close(found, self.singles, [x.norm() for x in self.singles])
 
     def has_derivatives(self, vector: list[torch.Tensor]) -> bool:
@@ -172,7 +180,8 @@ class Problem:
 
     def rows(self, chunk: Batch) -> list[torch.Tensor]:
         """Return the gradients of the examples of a chunk, shape (n, ...) for each parameter."""
-        found, prediction = self._vectorized(chunk) if self.vectorized else self._looped(chunk)
+        find = self._vectorized if self.vectorized else self._looped
+        found, prediction = find(chunk)
         require_finite(self.names, found, chunk)
         self.require_separate(chunk, prediction, found)
         return found
@@ -206,7 +215,9 @@ class Problem:
         now = tuple(p.detach() for p in self.parameters)
         with plain_attention():
             _, found, prediction = jvp(losses, now, tuple(vector), has_aux=True)
-        self.require_separate(chunk, prediction, None)  # first, as 0/0 in a loss is its fault
+        if not torch.isfinite(found).all():
+            _require_finite_inputs(chunk)
+        self.require_separate(chunk, prediction, None)  # before the rest, as it knows why a loss is 0/0
         require_finite(["the product with direction"], [found], chunk)
         return wide(found.detach())
 
@@ -487,15 +498,19 @@ def require_finite(names: Sequence[str], gradients: Sequence[torch.Tensor], batc
         # One pass: a sum in float32 at least is finite where its terms are.
         if torch.isfinite(gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32))):
             continue
-        for x in batch.tensors:
-            if _is_floating(x) and (bad := ~torch.isfinite(as_matrix(x)).all(1)).any():
-                raise ValueError(f"inputs must be finite, got NaN or infinity in {int(bad.sum())} of {len(x)} examples")
+        _require_finite_inputs(batch)
         if gradient.dtype == torch.float16:
             raise ValueError(
                 f"gradients must fit into float16, up to {torch.finfo(torch.float16).max:g}, but that of {name} "
                 "overflowed: use bfloat16 or float32"
             )
         raise ValueError(f"gradients must be finite, but that of {name} is not")
+
+
+def _require_finite_inputs(batch: Batch) -> None:
+    for x in batch.tensors:
+        if _is_floating(x) and (bad := ~torch.isfinite(as_matrix(x)).all(1)).any():
+            raise ValueError(f"inputs must be finite, got NaN or infinity in {int(bad.sum())} of {len(x)} examples")
 
 
 def trainable_of(model: nn.Module) -> dict[str, nn.Parameter]:
