@@ -157,9 +157,7 @@ class Number(SphinxRole):
             "reftype": "doc",
             "reftarget": f"/{place.page}",
         }
-        return [
-            pending_xref("", text, refexplicit=True, refwarn=True, **target)
-        ], []
+        return [pending_xref("", text, refexplicit=True, refwarn=True, **target)], []
 
 
 def write_module_pages(app, config):
