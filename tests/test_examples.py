@@ -17,6 +17,11 @@ EXAMPLES = {
 }
 # What a reader calls on their own network.
 TOOLS = [
+    "helpers.gradient_noise.NoiseScaleAccumulator",
+    "helpers.gradient_noise.gradient_noise_scale",
+    "helpers.gradient_noise.noise_scale_interval",
+    "helpers.gradient_noise.noise_scale_report",
+    "helpers.gradient_noise.two_batch_noise_scale",
     "helpers.minibatch_loss.correlation_interval",
     "helpers.minibatch_loss.effective_batch_interval",
     "helpers.minibatch_loss.intraclass_correlation",

@@ -4,7 +4,6 @@ Closed forms are checked by listing every batch of a small population; gradients
 Statistical tests allow what a right program exceeds with probability 1e-6, for all entries of a test together.
 """
 
-import copy
 import itertools
 import math
 import re
@@ -15,10 +14,9 @@ import pytest
 import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
-from scipy import optimize, stats
-from torch import nn
-from torch.nn import functional
+from scipy import stats
 
+from helpers import gradient_noise
 from helpers.gradient_noise import (
     batch_excess_kurtosis,
     batch_noise,
@@ -26,43 +24,22 @@ from helpers.gradient_noise import (
     expected_squared_norm,
     finite_population_correction,
     finite_population_variance,
-    gradient_noise_scale,
     noise_scale,
     sample_batches,
     shuffled_epochs,
     successive_correlation,
-    two_batch_noise_scale,
     with_replacement_variance,
 )
 from helpers.lab.runtime import generator, rng
-from tests.small_networks import (
-    COUPLED,
-    LOSSES,
-    build,
-    examples,
-    far_examples,
-    frozen,
-    looped_matrix,
-    perceptron,
-)
+from tests.enumeration import batch_means, batch_means_with_replacement, vectors
+from tests.statistics import FALSE_ALARM, assert_counts, assert_z, limit_of_z
 
-FALSE_ALARM = 1e-6
 # Skewed, and without symmetry that could hide a wrong constant.
 POPULATION = np.array([0.3, 1.1, 2.9, -0.7, 6.4, 0.9, 1.6, 3.3, 11.2, -2.5])
 SIZES = [(m, n) for n in (1, 2, 3, 4, 5, 7, 9, 10) for m in range(1, n + 1)]
 PROPER_SIZES = [(m, n) for m, n in SIZES if m < n]
 by_properties = settings(max_examples=100, deadline=None, database=None)
 property_seed = seed(int(rng("test.gradient_noise.properties").integers(2**32)))
-
-
-def batch_means(population, batch_size):
-    """Return the means of all C(N, m) batches, all equally likely."""
-    return np.array([np.mean(batch, axis=0) for batch in itertools.combinations(population, batch_size)])
-
-
-def batch_means_with_replacement(population, batch_size):
-    """Return the means of all N^m ordered draws with replacement, all equally likely."""
-    return np.array([np.mean(batch, axis=0) for batch in itertools.product(population, repeat=batch_size)])
 
 
 def moment(values, power):
@@ -75,12 +52,6 @@ def skewness_of(values):
 
 def excess_kurtosis_of(values):
     return moment(values, 4) / moment(values, 2) ** 2 - 3
-
-
-def vectors(n):
-    """Return n skewed gradients of three correlated coordinates with different variances."""
-    z = rng("test.gradient_noise.vectors").standard_exponential((n, 3))
-    return z @ np.array([[1.0, 0.4, 0.0], [0.0, 2.0, -0.7], [0.5, 0.0, 0.3]]) + [0.4, -2.0, 1.0]
 
 
 # Closed forms
@@ -317,7 +288,76 @@ def test_all_subsets_are_equally_likely(batch_size, population_size):
     counts = subset_counts(sample_batches(n, batch_size, population_size, generator=stream), population_size)
     assert counts.sum() == n
     if len(counts) > 1:
-        assert stats.chisquare(counts).pvalue > FALSE_ALARM
+        assert_counts(counts)
+
+
+def floyd_by_loop(n_batches, batch_size, population_size, chunk, stream):
+    """Draw batches one by one by Floyd's algorithm, from the same random numbers."""
+    batches = []
+    for start in range(0, n_batches, chunk):
+        count = min(chunk, n_batches - start)
+        last = range(population_size - batch_size, population_size)
+        if population_size < 2**16:
+            rows = [torch.randint(k + 1, (count,), generator=stream).tolist() for k in last]
+        else:
+            uniform = torch.empty(count, dtype=torch.float64)
+            rows = [uniform.uniform_(0, k + 1, generator=stream).long().tolist() for k in last]
+        for column in zip(*rows, strict=True):
+            chosen = []
+            for k, drawn in zip(last, column, strict=True):
+                chosen.append(k if drawn in chosen else drawn)
+            batches.append(chosen)
+    return batches
+
+
+# Sixteen-bit, 32-bit and 64-bit indices; draws of 32 random bits up to 2¹⁶ examples, in double precision from then on.
+@pytest.mark.parametrize(
+    ("batch_size", "population_size"),
+    [
+        *((1, 1), (1, 9), (2, 2), (5, 6), (8, 8), (7, 9)),
+        *((6, 2**15 - 1), (6, 2**15), (6, 2**16 - 1), (6, 2**16), (5, 2**31 - 1), (5, 2**31)),
+    ],
+)
+def test_small_batches_equal_a_slow_loop_over_the_same_draws(batch_size, population_size, monkeypatch):
+    monkeypatch.setattr(gradient_noise, "FLOYD_CHUNK", 40)
+    streams = [generator("test.sample_batches.loop") for _ in range(2)]
+    found = sample_batches(100, batch_size, population_size, generator=streams[0])
+    assert found.tolist() == floyd_by_loop(100, batch_size, population_size, 40, streams[1])
+
+
+# m² = 8 N is the last that Floyd's algorithm draws; of one example fewer, batches come from shuffles.
+@pytest.mark.parametrize(("batch_size", "population_size"), [(8, 8), (12, 18), (20, 50)])
+def test_batches_are_small_up_to_the_square_root_of_eight_times_the_population(batch_size, population_size):
+    for size, by_floyd in ((population_size, True), (population_size - 1, False)):
+        if size < batch_size:
+            continue
+        streams = [generator("test.sample_batches.threshold") for _ in range(2)]
+        found = sample_batches(20, batch_size, size, generator=streams[0]).tolist()
+        assert (found == floyd_by_loop(20, batch_size, size, 2**14, streams[1])) == by_floyd
+
+
+# With counts of n = 600,000 batches, an error of 1 % of an inclusion probability of m/N is caught 999 times in 1,000:
+# its z-score is 0.01 √(n p/(1 - p)), at least 9.5 where the limit for 20 examples is 5.5.
+@pytest.mark.parametrize(("batch_size", "population_size"), [(12, 20), (13, 20)])
+def test_every_example_is_in_as_many_batches_to_one_percent(batch_size, population_size):
+    stream = generator(f"test.sample_batches.law.{batch_size}")
+    batches = sample_batches(600_000, batch_size, population_size, generator=stream)
+    p = batch_size / population_size
+    counts = np.bincount(batches.flatten().numpy(), minlength=population_size)
+    z = (counts - 600_000 * p) / math.sqrt(600_000 * p * (1 - p))
+    assert 0.01 * math.sqrt(600_000 * p / (1 - p)) > limit_of_z(population_size) + 3.09
+    assert_z(z)
+
+
+# An error of 1 % of the probability of one place is 0.01 √(n/5) standard errors, 10 for n = 5 million.
+def test_the_last_example_is_as_often_at_every_place_of_an_epoch_to_one_percent():
+    n, counts = 5_000_000, np.zeros(6)
+    stream = generator("test.shuffled_epochs.law")
+    for _ in range(10):
+        epochs = shuffled_epochs(n // 10, 1, 6, generator=stream).flatten(1)
+        counts += (epochs == 5).sum(0).numpy()
+    assert 0.01 * math.sqrt(n / 5) > limit_of_z(6) + 3.09
+    assert_z((counts - n / 6) / math.sqrt(n * 5 / 36))
 
 
 @pytest.mark.parametrize("population_size", [64, 65, 80])
@@ -325,7 +365,7 @@ def test_every_example_is_equally_likely_to_be_the_one_left_out(population_size)
     stream = generator(f"test.sample_batches.left_out.{population_size}")
     batches = sample_batches(8000, population_size - 1, population_size, generator=stream)
     left_out = math.comb(population_size, 2) - batches.sum(1)
-    assert stats.chisquare(np.bincount(left_out.numpy(), minlength=population_size)).pvalue > FALSE_ALARM
+    assert_counts(np.bincount(left_out.numpy(), minlength=population_size))
 
 
 @pytest.mark.parametrize(("batch_size", "population_size"), [(1, 3), (2, 3), (9, 10)])
@@ -358,7 +398,7 @@ def test_batches_of_a_larger_population_hold_all_examples_equally_often(batch_si
     assert len(tenths) == 10
     assert (batches.sort(1).values.diff(dim=1) > 0).all()
     # Without replacement the counts vary less than chi-square says, so that only the upper end is tested.
-    assert stats.chisquare(tenths).pvalue > FALSE_ALARM
+    assert_counts(tenths)
 
 
 @pytest.mark.parametrize("population_size", [2**15 - 1, 2**15, 2**15 + 1, 2**16 + 1])
@@ -368,7 +408,7 @@ def test_all_indices_are_reached_where_integers_need_more_bits(population_size):
     # Each of the lowest and highest 1% is hit 2400 times on average.
     edge = population_size // 100
     for hits in ((batches < edge).sum(), (batches >= population_size - edge).sum()):
-        assert stats.binomtest(int(hits), batches.numel(), edge / population_size).pvalue > FALSE_ALARM
+        assert stats.binomtest(int(hits), batches.numel(), edge / population_size).pvalue > FALSE_ALARM / 2
     assert batches.min() >= 0
     assert batches.max() < population_size
 
@@ -376,7 +416,7 @@ def test_all_indices_are_reached_where_integers_need_more_bits(population_size):
 def test_last_digits_of_examples_of_a_billion_are_equally_likely():
     # Single precision would reach only multiples of 64.
     batches = sample_batches(10_000, 2, 10**9, generator=generator("test.sample_batches.odd"))
-    assert stats.chisquare(np.bincount((batches % 64).flatten().numpy(), minlength=64)).pvalue > FALSE_ALARM
+    assert_counts(np.bincount((batches % 64).flatten().numpy(), minlength=64))
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 9, 40])
@@ -449,23 +489,24 @@ def test_all_permutations_are_equally_likely(batch_size):
     epochs = shuffled_epochs(12_000, batch_size, 4, generator=generator(f"test.shuffled_epochs.{batch_size}"))
     orders = {order: k for k, order in enumerate(itertools.permutations(range(4)))}
     counts = np.bincount([orders[tuple(epoch)] for epoch in epochs.flatten(1).tolist()], minlength=24)
-    assert stats.chisquare(counts).pvalue > FALSE_ALARM
+    assert_counts(counts)
 
 
 @pytest.mark.parametrize("place", [0, 40, 71])
 def test_every_example_is_equally_likely_at_any_place_of_a_long_epoch(place):
     epochs = shuffled_epochs(8000, 8, 72, generator=generator("test.shuffled_epochs.long")).flatten(1)
-    assert stats.chisquare(np.bincount(epochs[:, place].numpy(), minlength=72)).pvalue > FALSE_ALARM
+    assert_counts(np.bincount(epochs[:, place].numpy(), minlength=72))
 
 
 def test_epochs_are_independent():
     epochs = shuffled_epochs(8000, 1, 3, generator=generator("test.shuffled_epochs.independent"))
     first = epochs[:, 0, 0]
     counts = np.bincount((3 * first[0::2] + first[1::2]).numpy(), minlength=9)
-    assert stats.chisquare(counts).pvalue > FALSE_ALARM
+    assert_counts(counts)
 
 
-@pytest.mark.parametrize("gradient_shape", [(), (3,), (2, 3)])
+# Rows of 16 entries and more are added up without a copy.
+@pytest.mark.parametrize("gradient_shape", [(), (3,), (2, 3), (15,), (16,), (4, 5)])
 @pytest.mark.parametrize("batches_shape", [(4,), (5, 2), (3, 2, 4), (2, 1, 3, 1)])
 def test_batch_noise_equals_a_loop_over_batches(gradient_shape, batches_shape):
     draws = rng("test.batch_noise")
@@ -478,372 +519,20 @@ def test_batch_noise_equals_a_loop_over_batches(gradient_shape, batches_shape):
         np.testing.assert_allclose(noise[where].numpy(), expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("entries", [3, 16])
+def test_batch_noise_keeps_the_precision_and_the_graph_of_the_gradients(entries):
+    gradients = torch.ones(5, entries, requires_grad=True)
+    noise = batch_noise(gradients, torch.tensor([[0, 1], [3, 3]]))
+    assert noise.dtype == torch.float32
+    noise[1].sum().backward()
+    expected = torch.full((5, entries), -1 / 5) + torch.eye(5)[3][:, None]
+    torch.testing.assert_close(gradients.grad, expected)
+
+
 def test_noises_of_an_epoch_sum_to_zero():
     gradients = torch.as_tensor(vectors(12))
     epochs = shuffled_epochs(3, 4, 12, generator=generator("test.batch_noise.epoch"))
     assert batch_noise(gradients, epochs).sum(1).abs().max() < 1e-13
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_noise_scale_leaves_the_model_alone(training):
-    model = build(lambda: nn.Sequential(nn.Dropout(0.0), frozen(perceptron(), "2.bias"))).train(training)
-    for k, p in enumerate(model.parameters()):
-        p.grad = torch.full_like(p, k) if p.requires_grad else None
-    before = copy.deepcopy(model)  # without .grad
-    gradient_noise_scale(model, functional.cross_entropy, *far_examples())
-    for k, (p, old) in enumerate(zip(model.parameters(), before.parameters(), strict=True)):
-        assert torch.equal(p, old)
-        assert p.requires_grad == old.requires_grad
-        assert (p.grad == k).all() if p.requires_grad else p.grad is None
-    assert [module.training for module in model.modules()] == [training] * len(list(model.modules()))
-
-
-# The noise scale of your own network
-
-
-def prediction(predictions, targets):
-    """Return the prediction itself as loss, so that the gradient of a linear layer without bias is its input."""
-    return predictions.sum()
-
-
-def scale_of_rows(rows, **options):
-    """Return the noise scale of gradients that are given as rows."""
-    rows = torch.as_tensor(rows, dtype=torch.float64)
-    model = nn.Linear(rows.shape[1], 1, bias=False, dtype=torch.float64)
-    return gradient_noise_scale(model, prediction, rows, rows, **options)
-
-
-def scale_by_pairs(rows):
-    """Return tr S / |∇L|², both as averages over pairs of different examples, which are unbiased one by one."""
-    rows = np.asarray(rows)
-    pairs = list(itertools.combinations(range(len(rows)), 2))
-    trace = np.mean([np.square(rows[i] - rows[j]).sum() / 2 for i, j in pairs])
-    squared_norm = np.mean([rows[i] @ rows[j] for i, j in pairs])
-    return trace / squared_norm
-
-
-def test_noise_scale_equals_averages_over_pairs_of_looped_gradients():
-    model = build(perceptron)
-    data = far_examples()
-    expected = scale_by_pairs(looped_matrix(model, functional.cross_entropy, *data))
-    estimate = gradient_noise_scale(model, functional.cross_entropy, *data)
-    assert estimate.value == pytest.approx(expected, rel=1e-9)
-    assert estimate.n == 40
-
-
-@pytest.mark.parametrize("n", [2, 3, 10])
-def test_noise_scale_of_few_gradients_equals_averages_over_pairs(n):
-    rows = 10 + rng("test.noise_scale.few").standard_normal((n, 4))
-    assert scale_of_rows(rows).value == pytest.approx(scale_by_pairs(rows), rel=1e-9)
-
-
-def test_noise_scale_is_that_of_the_loss_of_one_example_whatever_the_reduction():
-    model = build(perceptron)
-    data = far_examples()
-    mean, total, each = (gradient_noise_scale(model, LOSSES[name], *data) for name in list(LOSSES)[:3])
-    assert total.value == pytest.approx(mean.value, rel=1e-12)
-    assert each.value == pytest.approx(mean.value, rel=1e-12)
-
-
-@pytest.mark.parametrize("chunk_size", [2, 7, 40, 100])
-def test_chunks_make_no_difference_to_the_noise_scale(chunk_size):
-    model = build(perceptron)
-    data = far_examples()
-    whole = gradient_noise_scale(model, functional.cross_entropy, *data)
-    parts = gradient_noise_scale(model, functional.cross_entropy, *data, chunk_size=chunk_size)
-    assert parts.value == pytest.approx(whole.value, rel=1e-9)
-    assert parts.skewness == pytest.approx(whole.skewness, rel=1e-6)
-    # The part of second order comes from the pairs of a chunk; here it is small.
-    assert parts.stderr == pytest.approx(whole.stderr, rel=0.01)
-
-
-CHUNKS_NEAR_256 = [{"chunk_size": 256}, {"chunk_size": 255}, {"chunk_size": 257}]
-
-
-def test_noise_scale_holds_256_gradients_at_once_unless_told_otherwise():
-    # The part of second order comes from the pairs of a chunk, and so tells which examples shared one.
-    rows = 2 + rng("test.noise_scale.chunks").standard_normal((600, 40))
-    stderr, at_256, at_255, at_257 = (scale_of_rows(rows, **k).stderr for k in [{}, *CHUNKS_NEAR_256])
-    assert stderr == at_256
-    assert stderr not in (at_255, at_257)
-
-
-def jackknife(rows):
-    """Return standard error and skewness of influence values by leaving out one gradient at a time."""
-    rows = np.asarray(rows)
-    n = len(rows)
-    total, squares = rows.sum(0), np.square(rows).sum()
-    left_total, left_squares = total - rows, squares - np.square(rows).sum(1)
-    m = n - 1
-    traces = (left_squares - np.square(left_total).sum(1) / m) / (m - 1)
-    norms = np.square(left_total / m).sum(1) - traces / m
-    influence = -(traces / norms - (traces / norms).mean())
-    return math.sqrt(m / n * np.square(influence).sum()), skewness_of(influence)
-
-
-def test_standard_error_and_skewness_of_the_noise_scale_equal_the_jackknife():
-    # Four coordinates: the part of second order is hidden in the tolerance of order 1/n.
-    rows = 2 + rng("test.noise_scale.jackknife").standard_exponential((4000, 4)) * [1.0, 0.5, 2.0, 0.1]
-    estimate = scale_of_rows(rows)
-    stderr, skewness = jackknife(rows)
-    assert estimate.stderr == pytest.approx(stderr, rel=0.005)
-    assert estimate.skewness == pytest.approx(skewness, rel=0.02)
-
-
-VARIANCES, SQUARED_NORM = np.repeat([0.2, 1.8], 150), 2.5  # of 300 coordinates
-
-
-def many_coordinates(n, repetition):
-    """Return Gaussian gradients of 300 coordinates: a third of the variance of |∇L|² is of second order."""
-    noise = rng(f"test.noise_scale.many.{repetition}").standard_normal((n, 300)) * np.sqrt(VARIANCES)
-    return noise + math.sqrt(SQUARED_NORM / 300)
-
-
-def relative_error_in_many_coordinates(n):
-    """Return the standard deviation of the estimated noise scale of :func:`many_coordinates`, over itself.
-
-    For Gaussian gradients the sample covariance and the sample mean are independent.
-    """
-    trace, trace_of_square = VARIANCES.sum(), np.square(VARIANCES).sum()
-    trace_variance = 2 * trace_of_square / (n - 1)
-    norm_variance = 4 * SQUARED_NORM / 300 * trace / n + 2 * trace_of_square / (n * (n - 1))
-    return math.sqrt(trace_variance / trace**2 + norm_variance / SQUARED_NORM**2)
-
-
-def test_standard_error_of_the_noise_scale_has_the_part_of_second_order():
-    # |∇L|² fluctuates by 11%, and the standard error over the scale with it, which hardly changes the median.
-    estimates = [scale_of_rows(many_coordinates(200, k)) for k in range(60)]
-    relative = np.median([estimate.stderr / estimate.value for estimate in estimates])
-    assert relative == pytest.approx(relative_error_in_many_coordinates(200), rel=0.06)
-
-
-def assert_standard(z):
-    """Check that z-scores have mean 0 and standard deviation 1, as far as a few hundred can tell."""
-    assert abs(z.mean()) < 0.25
-    assert 0.85 < z.std(ddof=1) < 1.2
-
-
-def test_noise_scale_z_scores_are_standard_for_linear_regression():
-    # y = x·w + e; at parameters away from w by d, the gradient of the squared error is 2 (x·d - e) x. Its moments are
-    # polynomials of degree at most 4 in each of x and e, for which three Gauss–Hermite nodes are exact.
-    scales, d, noise_std = np.array([1.0, 0.5, 1.5]), np.array([0.8, -0.6, 0.4]), 0.7
-    nodes, weights = np.polynomial.hermite_e.hermegauss(3)
-    grid = np.array(list(itertools.product(nodes, repeat=4)))
-    weight = np.array([math.prod(w) for w in itertools.product(weights / weights.sum(), repeat=4)])
-    x = grid[:, :3] * scales
-    gradients = 2 * (x @ d - noise_std * grid[:, 3])[:, None] * x
-    mean = weight @ gradients
-    truth = (weight @ np.square(gradients).sum(1) - mean @ mean) / (mean @ mean)
-
-    w = np.array([0.3, 1.2, -0.5])
-    model = nn.Linear(3, 1, bias=False, dtype=torch.float64)
-    model.weight.data = torch.as_tensor(w + d)[None]
-    z = []
-    for k in range(400):
-        draws = rng(f"test.noise_scale.regression.{k}")
-        x = draws.standard_normal((500, 3)) * scales
-        y = x @ w + noise_std * draws.standard_normal(500)
-        data = torch.as_tensor(x), torch.as_tensor(y)[:, None]
-        estimate = gradient_noise_scale(model, functional.mse_loss, *data, chunk_size=500)
-        z.append((estimate.value - truth) / estimate.stderr)
-    assert_standard(np.array(z))
-
-
-def test_noise_scale_z_scores_are_standard_in_many_coordinates():
-    estimates = [scale_of_rows(many_coordinates(200, k)) for k in range(250)]
-    truth = VARIANCES.sum() / SQUARED_NORM
-    assert_standard(np.array([(estimate.value - truth) / estimate.stderr for estimate in estimates]))
-
-
-def two_points(center, n):
-    """Return n gradients center ± 1 of one coordinate, half of each."""
-    return center + np.tile([1.0, -1.0], n // 2)[:, None]
-
-
-def center_at(standard_errors, n):
-    """Return where |∇L|² of :func:`two_points` is so many standard errors above zero.
-
-    |ḡ|² is c² and tr S is n/(n-1); the products of deviations with ḡ are ±c. There the part of second order, 2/n²
-    beside 4 c²/n, is half a percent of the standard error for any n.
-    """
-
-    def excess(c):
-        return c**2 - 1 / (n - 1) - standard_errors * math.sqrt(4 * c**2 / n)
-
-    return optimize.brentq(excess, 4 / math.sqrt(n), 100)
-
-
-def test_noise_scale_is_refused_just_below_four_standard_errors():
-    with pytest.raises(ValueError, match="too few"):
-        scale_of_rows(two_points(center_at(3.95, 200), 200))
-
-
-def test_noise_scale_is_given_just_above_four_standard_errors():
-    rows = two_points(center_at(4.05, 200), 200)
-    assert scale_of_rows(rows).value == pytest.approx(scale_by_pairs(rows), rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("center", "squared_norm", "error"),
-    [
-        (0.0, "-0.333", "0.354"),  # √(2/16): only the part of second order is left
-        (1.0, "0.667", "0.935"),  # √(4/4 - 2/16): at the sample mean the first part has 4/16 too much
-    ],
-)
-def test_noise_scale_near_the_optimum_is_refused_with_the_figures(center, squared_norm, error):
-    # Four gradients center ± 1: tr S is 4/3, of which a quarter is taken off the square of the center.
-    message = (
-        f"|∇L|² must be 4 standard errors above zero, got {squared_norm} with standard error {error}: "
-        "4 examples are too few to tell the gradient from its noise"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        scale_of_rows(two_points(center, 4))
-
-
-def test_noise_scale_of_vanishing_gradients_is_refused():
-    with pytest.raises(ValueError, match=r"^examples must differ in their gradients, got a variance of 0$"):
-        scale_of_rows(np.zeros((6, 3)))
-
-
-def test_part_of_second_order_is_the_mean_over_the_pairs_of_all_chunks():
-    # Chunks of 4, 4 and 2 examples have 12 + 12 + 2 ordered pairs. The mean of these rows is 0, and so is `along`.
-    rows = np.array([[1.0, 0], [-1, 0], [2, 0], [-2, 0], [0, 3], [0, -3], [1, 1], [-1, -1], [0, 1], [0, -1]])
-    pairs = [pair for part in (rows[:4], rows[4:8], rows[8:]) for pair in itertools.permutations(part, 2)]
-    error = math.sqrt(2 * np.mean([(a @ b) ** 2 for a, b in pairs]) / 100)
-    squared_norm = -np.square(rows).sum() / 9 / 10
-    with pytest.raises(ValueError, match=re.escape(f"got {squared_norm:.3g} with standard error {error:.3g}: 10 ex")):
-        scale_of_rows(rows, chunk_size=4)
-
-
-@pytest.mark.parametrize("chunk_size", [2, 5])
-def test_chunks_change_the_variance_of_the_noise_scale_by_their_part_of_second_order(chunk_size):
-    rows = 3 + rng("test.noise_scale.second_order").standard_normal((12, 6))
-    deviations = rows - rows.mean(0)
-
-    def mean_square_of_pairs(size):
-        parts = [deviations[start : start + size] for start in range(0, 12, size)]
-        return np.mean([(a @ b) ** 2 for part in parts for a, b in itertools.permutations(part, 2)])
-
-    whole, chunked = scale_of_rows(rows), scale_of_rows(rows, chunk_size=chunk_size)
-    squared_norm = np.mean([a @ b for a, b in itertools.combinations(rows, 2)])
-    difference = (mean_square_of_pairs(12) - mean_square_of_pairs(chunk_size)) * 2 / 12**2
-    expected = (scale_by_pairs(rows) / squared_norm) ** 2 * difference
-    assert abs(whole.stderr**2 - chunked.stderr**2) == pytest.approx(abs(expected), rel=1e-6)
-
-
-# Two batch sizes
-
-
-def squared_norm_of(vector):
-    return float(np.square(vector).sum())
-
-
-def all_pairs_of_batches(gradients, small_batch_size, large_batch_size):
-    """Return the squared norms of every small batch beside every large one, as tensors."""
-    small = [squared_norm_of(mean) for mean in batch_means(gradients, small_batch_size)]
-    large = [squared_norm_of(mean) for mean in batch_means(gradients, large_batch_size)]
-    return torch.tensor(list(itertools.product(small, large)), dtype=torch.float64).unbind(1)
-
-
-@pytest.mark.parametrize(("small", "large"), [(1, 2), (2, 3), (1, 5), (2, 6)])
-def test_two_batch_noise_scale_of_all_batches_is_that_of_the_population(small, large):
-    gradients = vectors(6)
-    trace, squared_norm = np.trace(np.cov(gradients.T)), squared_norm_of(gradients.mean(0))
-    estimate = two_batch_noise_scale(
-        *all_pairs_of_batches(gradients, small, large),
-        small_batch_size=small,
-        large_batch_size=large,
-        population_size=6,
-    )
-    assert estimate.value == pytest.approx(trace / squared_norm, rel=1e-10)
-
-
-@pytest.mark.parametrize(("small", "large"), [(1, 2), (2, 3), (1, 5)])
-def test_two_batch_noise_scale_without_the_population_size_has_too_small_a_norm(small, large):
-    gradients = vectors(6)
-    trace, squared_norm = np.trace(np.cov(gradients.T)), squared_norm_of(gradients.mean(0))
-    estimate = two_batch_noise_scale(
-        *all_pairs_of_batches(gradients, small, large), small_batch_size=small, large_batch_size=large
-    )
-    assert estimate.value == pytest.approx(trace / (squared_norm - trace / 6), rel=1e-10)
-
-
-def test_two_batch_noise_scale_of_all_draws_with_replacement_is_that_of_the_population():
-    # Independent draws have the covariance with divisor N.
-    gradients = vectors(4)
-    small, large = (
-        np.square(batch_means_with_replacement(gradients, m)).sum(1).repeat(repeats) for m, repeats in ((2, 16), (4, 1))
-    )
-    estimate = two_batch_noise_scale(
-        torch.as_tensor(small), torch.as_tensor(large), small_batch_size=2, large_batch_size=4
-    )
-    expected = np.trace(np.cov(gradients.T, bias=True)) / squared_norm_of(gradients.mean(0))
-    assert estimate.value == pytest.approx(expected, rel=1e-10)
-
-
-def gaussian_norms(stream, n, batch_size, trace=5.0, squared_norm=4.0, coordinates=5):
-    noise = rng(stream).standard_normal((n, coordinates)) * math.sqrt(trace / coordinates / batch_size)
-    return torch.as_tensor(np.square(noise + math.sqrt(squared_norm / coordinates)).sum(1))
-
-
-@pytest.mark.parametrize("population_size", [None, 40])
-def test_standard_error_of_the_two_batch_noise_scale_equals_the_jackknife(population_size):
-    n, b, large_size = 3000, 2, 10
-    small, large = gaussian_norms("test.two_batch.small", n, b), gaussian_norms("test.two_batch.large", n, large_size)
-    left_small, left_large = (small.sum() - small) / (n - 1), (large.sum() - large) / (n - 1)
-    traces = (left_small - left_large) * b * large_size / (large_size - b)
-    norms = (large_size * left_large - b * left_small) / (large_size - b)
-    norms = norms + (traces / population_size if population_size else 0)
-    left_out = traces / norms
-    expected = math.sqrt((n - 1) / n * (left_out - left_out.mean()).square().sum())
-    estimate = two_batch_noise_scale(
-        small, large, small_batch_size=b, large_batch_size=large_size, population_size=population_size
-    )
-    assert estimate.stderr == pytest.approx(expected, rel=0.01)
-    assert estimate.n == n
-
-
-def test_two_batch_noise_scale_z_scores_are_standard():
-    z = []
-    for k in range(200):
-        small, large = (gaussian_norms(f"test.two_batch.z.{m}.{k}", 1000, m) for m in (2, 10))
-        estimate = two_batch_noise_scale(small, large, small_batch_size=2, large_batch_size=10)
-        z.append((estimate.value - 5 / 4) / estimate.stderr)
-    assert_standard(np.array(z))
-
-
-def norms_at(standard_errors, n):
-    """Return norms for which |∇L|² = 2 E large - E small is so many standard errors above zero.
-
-    Both are center ± 1 together, and their difference is 1 ± 0: |∇L|² is center - 1, its influence values ±1.
-    """
-    center = 1 + standard_errors / math.sqrt(n - 1)
-    large = center + torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(n // 2)
-    return large + 1, large
-
-
-def test_two_batch_noise_scale_is_refused_just_below_four_standard_errors():
-    message = "|∇L|² must be 4 standard errors above zero, got 0.401 ± 0.101: measure more batches"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        two_batch_noise_scale(*norms_at(3.99, 100), small_batch_size=1, large_batch_size=2)
-
-
-def test_two_batch_noise_scale_needs_still_more_where_curvature_rules_its_error():
-    # Above four standard errors it is the rule of every estimated function of means that refuses.
-    with pytest.raises(ValueError, match="a standard error needs influence values that vary"):
-        two_batch_noise_scale(*norms_at(4.01, 100), small_batch_size=1, large_batch_size=2)
-
-
-def test_two_batch_noise_scale_of_vanishing_gradients_is_refused():
-    message = "|∇L|² must be 4 standard errors above zero, got 0 ± 0: measure more batches"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        two_batch_noise_scale(torch.zeros(9), torch.zeros(9), small_batch_size=1, large_batch_size=2)
-
-
-def test_two_batch_noise_scale_far_from_zero_is_given():
-    # tr S = 1 / (1 - 1/2), and |∇L|² = 12 / √99.
-    found = two_batch_noise_scale(*norms_at(12, 100), small_batch_size=1, large_batch_size=2)
-    assert found.value == pytest.approx(2 * math.sqrt(99) / 12, rel=1e-12)
 
 
 # Refusals
@@ -857,12 +546,6 @@ def sampled(**changes):
 def shuffled(**changes):
     arguments = {"n_epochs": 2, "batch_size": 2, "population_size": 6}
     return shuffled_epochs(**{**arguments, **changes}, generator=generator("test.refusal"))
-
-
-def two_batches(small=2, large=8, small_shape=(20,), large_shape=(20,)):
-    return two_batch_noise_scale(
-        torch.ones(small_shape), torch.ones(large_shape), small_batch_size=small, large_batch_size=large
-    )
 
 
 @pytest.mark.parametrize(
@@ -924,58 +607,11 @@ def two_batches(small=2, large=8, small_shape=(20,), large_shape=(20,)):
             lambda: batch_noise(torch.ones(5), torch.ones(2, 2, dtype=torch.int64, device="meta")),
             "batches must be on the device of gradients, cpu, got meta",
         ),
-        (
-            lambda: two_batches(large_shape=(19,)),
-            "small and large must have one shape (n,), got (20,), (19,)",
-        ),
-        (
-            lambda: two_batches(small_shape=(20, 1), large_shape=(20, 1)),
-            "small and large must have one shape (n,), got (20, 1), (20, 1)",
-        ),
-        (
-            lambda: two_batches(small_shape=(), large_shape=()),
-            "small and large must have one shape (n,), got (), ()",
-        ),
-        (lambda: two_batches(small=0), "small_batch_size must be at least 1, got 0"),
-        (lambda: two_batches(small=8), "small_batch_size must be below 8, got 8"),
-        (lambda: two_batches(small=9), "small_batch_size must be below 8, got 9"),
-        (lambda: scale_of_rows(np.ones((1, 4))), "inputs must hold at least 2 examples, got 1"),
-        (lambda: scale_of_rows(np.ones((0, 4))), "inputs must hold at least 2 examples, got 0"),
     ],
 )
 def test_refusals_state_the_rule_and_the_value(call, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
-
-
-def test_noise_scale_refuses_numbers_of_examples_that_differ():
-    inputs, targets = far_examples()
-    with pytest.raises(ValueError, match=re.escape("got shapes (40, 4) and (39,)")):
-        gradient_noise_scale(build(perceptron), functional.cross_entropy, inputs, targets[:-1], chunk_size=16)
-
-
-@pytest.mark.parametrize("chunk_size", [0, -1])
-def test_noise_scale_refuses_chunks_without_examples(chunk_size):
-    with pytest.raises(ValueError, match=f"^chunk_size must be at least 1, got {chunk_size}$"):
-        gradient_noise_scale(build(perceptron), functional.cross_entropy, *far_examples(), chunk_size=chunk_size)
-
-
-def test_noise_scale_refuses_a_model_with_nothing_to_train():
-    model = build(perceptron).requires_grad_(False)
-    with pytest.raises(ValueError, match=r"^model must have a parameter that requires a gradient, got none$"):
-        gradient_noise_scale(model, functional.cross_entropy, *far_examples())
-
-
-@pytest.mark.parametrize("name", COUPLED)
-def test_noise_scale_refuses_batch_statistics_with_the_reason(name):
-    constructor, where, kind = COUPLED[name]
-    message = (
-        f"examples must not be coupled, but {where} normalizes by the statistics of its batch, so that one example "
-        f"has no gradient of its own: got {kind}; call model.eval() to use its running statistics, or use GroupNorm "
-        "or LayerNorm"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        gradient_noise_scale(build(constructor), functional.cross_entropy, *far_examples())
 
 
 # What a first round of use found
@@ -986,23 +622,3 @@ def test_a_population_too_large_for_32_bits_is_sampled():
     batches = sample_batches(1000, 4, size, generator=generator("test.gradient_noise.huge"))
     assert batches.min() >= 0
     assert 2**31 < batches.max() < size
-
-
-def test_noise_scale_refuses_chunks_without_pairs():
-    model = build(perceptron)
-    with pytest.raises(ValueError, match="chunk_size must be at least 2, since pairs of examples are compared, got 1"):
-        gradient_noise_scale(model, functional.cross_entropy, *examples(model), chunk_size=1)
-
-
-def test_noise_scale_refuses_examples_that_are_all_the_same():
-    model = build(perceptron)
-    inputs, targets = examples(model)
-    same = inputs[:1].expand(5, -1), targets[:1].expand(5)
-    with pytest.raises(ValueError, match="examples must differ in their gradients, got a variance of"):
-        gradient_noise_scale(model, functional.cross_entropy, *same)
-
-
-def test_two_batches_must_fit_into_the_population():
-    norms = torch.tensor([1.0, 2.0, 3.0])
-    with pytest.raises(ValueError, match="batch_size must not exceed population_size 3, got 4"):
-        two_batch_noise_scale(norms, norms, small_batch_size=2, large_batch_size=4, population_size=3)

@@ -1,6 +1,6 @@
 """What the book says of its chapters, made from the registry and ``_toc.yml``.
 
-``{parts}`` is the list of parts and chapters, ``{sources}`` the rows of the
+``{parts}`` is the table of parts and chapters, ``{sources}`` the rows of the
 source map, ``{modules}`` the table of the reference, and ``{chapter}`` the number
 of a chapter, with a link to it. The reference's page of each chapter's module is
 written before Sphinx looks for pages.
@@ -94,18 +94,20 @@ class Made(SphinxDirective):
 
 
 class Parts(Made):
-    """An item for each part: links to its chapters, then what it will hold besides."""
+    """A row for each chapter, and for each part one of what is still to come."""
 
     def lines(self, root):
         parts, chapters = book_of(root)
-        lines = []
+        rows = []
         for part in parts:
             of_part = [chapter for chapter in chapters if chapter.part == part]
-            linked = [chapter.link for chapter in of_part if chapter.place]
-            planned = [chapter.title for chapter in of_part if not chapter.place]
-            lines += [f"- **{part}**", *(f"  - {link}" for link in linked)]
-            lines += [f"  - {', '.join(planned)}"] if planned else []
-        return lines
+            cells = [[chapter.link, "ready"] for chapter in of_part if chapter.place]
+            waiting = [chapter.title for chapter in of_part if not chapter.place]
+            if waiting:
+                cells.append([", ".join(waiting), "to come"])
+            names = [part] + [""] * (len(cells) - 1)
+            rows += [[name, *row] for name, row in zip(names, cells, strict=True)]
+        return table(["part", "chapters", "state"], rows)
 
 
 class Sources(Made):
@@ -155,7 +157,9 @@ class Number(SphinxRole):
             "reftype": "doc",
             "reftarget": f"/{place.page}",
         }
-        return [pending_xref("", text, refexplicit=True, refwarn=True, **target)], []
+        return [
+            pending_xref("", text, refexplicit=True, refwarn=True, **target)
+        ], []
 
 
 def write_module_pages(app, config):

@@ -203,6 +203,34 @@ def mean_gradient(
         return dict(zip(problem.names, means, strict=True))
 
 
+def gradient_sums(
+    model: nn.Module, loss: Loss, inputs: Any, targets: Any = None, *, chunk_size: int
+) -> Iterator[tuple[Gradients, int]]:
+    """Yield the sum of the gradients of the examples of each chunk, and their number, by ordinary backward passes.
+
+    Parameters
+    ----------
+    model, loss, inputs, targets
+        As in :func:`per_sample_gradients`.
+    chunk_size : int
+        Examples in a chunk; the last one of each batch may hold fewer.
+
+    Yields
+    ------
+    dict, int
+        For each trainable parameter's name a tensor of its shape, in float32 at least. Until the last one, ``.grad`` of
+        the model is None and the random state is not the caller's.
+
+    Raises
+    ------
+    ValueError
+        For the reasons of :func:`per_sample_gradients`.
+    """
+    with _session(model, loss, inputs, targets, chunk_size, rows=False) as (problem, chunks):
+        for chunk in chunks:
+            yield dict(zip(problem.names, problem.summed(chunk), strict=True)), len(chunk)
+
+
 def per_sample_products(
     model: nn.Module,
     loss: Loss,
