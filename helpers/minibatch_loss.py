@@ -156,6 +156,13 @@ def required_batch_size(std: float, standard_error: float, correlation: float = 
     ------
     ValueError
         If no batch is large enough because ``s² <= ρσ²``, or an argument is out of range.
+
+    Examples
+    --------
+    >>> required_batch_size(std=0.8, standard_error=0.1)
+    64
+    >>> required_batch_size(std=0.8, standard_error=0.1, correlation=0.01)
+    176
     """
     require_positive(std=std, standard_error=standard_error)
     floor = variance_floor(std, correlation)

@@ -49,7 +49,7 @@ def write_dummy(root):
     assert (first["caption"][:4], package["caption"]) == ("I · ", "The package")
     # Behind the first part, so that it moves the numbers of the chapters that follow.
     toc["parts"].insert(2, {"caption": PART, "numbered": True, "chapters": [{"file": PAGE}]})
-    package["chapters"].append({"file": "book/api/dummy"})
+    package["chapters"][0]["sections"].append({"file": "book/api/dummy"})
     (root / "_toc.yml").write_text(yaml.safe_dump(toc, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

@@ -1,8 +1,10 @@
-"""The examples in docstrings run and print what they say; every tool for the reader's own network has one."""
+"""The examples in docstrings run and print what they say; every function of the toolbox has one."""
 
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 
@@ -15,17 +17,16 @@ EXAMPLES = {
     for test in doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs={"__name__": "example"})
     if test.examples
 }
-# What a reader calls on their own network.
-TOOLS = [
-    "helpers.gradient_noise.NoiseScaleAccumulator",
-    "helpers.gradient_noise.gradient_noise_scale",
-    "helpers.gradient_noise.noise_scale_interval",
-    "helpers.gradient_noise.noise_scale_report",
-    "helpers.gradient_noise.two_batch_noise_scale",
-    "helpers.minibatch_loss.correlation_interval",
-    "helpers.minibatch_loss.effective_batch_interval",
-    "helpers.minibatch_loss.intraclass_correlation",
-]
+TOOLBOX = Path(__file__).parents[1] / "book" / "toolbox.md"
+TOOLS = re.findall(r"{py:func}`~?([\w.]+)`", TOOLBOX.read_text(encoding="utf-8"))
+
+# Their docstrings still lack an example; a name goes from here when it has one.
+PENDING = {
+    "helpers.initialization.depth_scale",
+    "helpers.initialization.edge_of_chaos",
+    "helpers.initialization.propagation_report",
+    "helpers.lab.watch.output_gradients",
+}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -38,4 +39,6 @@ def test_an_example_prints_what_it_says(name):
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_tool_has_an_example(name):
-    assert name in EXAMPLES, f"{name} is for the reader's own network, and its docstring has no tested example"
+    if name in PENDING and name not in EXAMPLES:
+        pytest.xfail(f"{name} has no example yet")
+    assert name in EXAMPLES, f"{name} is in the toolbox, and its docstring has no tested example"

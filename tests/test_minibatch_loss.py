@@ -3,6 +3,7 @@
 Statistical tests allow what a right program exceeds with probability 1e-6, for all entries of a test together.
 """
 
+import inspect
 import itertools
 import math
 import re
@@ -841,3 +842,28 @@ def test_one_batch_of_one_loss_is_allowed():
 
 def test_module_states_the_published_constant():
     assert minibatch_loss.BERRY_ESSEEN_CONSTANT == 0.4748
+
+
+# On another device, each way to make tensors: run there, or with a look at values on the CPU
+
+DEVICE_LOSSES = {"n_batches": 5, "batch_size": 4, "mean": 1.5, "std": 0.7}
+DEVICE_SHIFT = dict.fromkeys(inspect.signature(minibatch_loss.shared_shift_moments).parameters, 0.7)
+DEVICE_CASES = [
+    (minibatch_loss.iid_losses, lambda at: DEVICE_LOSSES | {"generator": at.generator}),
+    (minibatch_loss.iid_losses, lambda at: DEVICE_LOSSES | {"marginal": "exponential", "generator": at.generator}),
+    (minibatch_loss.equicorrelated_losses, lambda at: DEVICE_LOSSES | {"correlation": 0.4, "generator": at.generator}),
+    (minibatch_loss.equicorrelated_losses, lambda at: DEVICE_LOSSES | {"correlation": -0.2, "generator": at.generator}),
+    (
+        minibatch_loss.shared_shift_gradients,
+        lambda at: DEVICE_SHIFT | {"n_batches": 5, "batch_size": 4, "generator": at.generator},
+    ),
+    (
+        minibatch_loss.stable_losses,
+        lambda at: {"n_batches": 5, "batch_size": 4, "alpha": 1.5, "generator": at.generator},
+    ),
+]
+DEVICE_CASES_BY_VALUES = [
+    (minibatch_loss.intraclass_correlation, lambda at: {"losses": at.normal(100, 4)}),
+    (minibatch_loss.correlation_interval, lambda at: {"losses": at.normal(100, 4)}),
+    (minibatch_loss.effective_batch_interval, lambda at: {"losses": list(at.normal(100, 4))}),
+]

@@ -3,13 +3,15 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.func import grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -50,7 +52,8 @@ class Problem:
         self.names, self.parameters = list(trainable), list(trainable.values())
         self.moving: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers that a forward pass moves, and their values
         self.fixed: list[nn.Parameter] = []  # that could be trained, but whose gradients are not asked for
-        self.averages = self.sliceable = self.vectorized = self.random = False
+        self.sliceable = self.random = False
+        self.averages = self.sums = True  # what the loss may do over a batch, as long as nothing speaks against it
 
     # What is settled once
 
@@ -66,7 +69,6 @@ class Problem:
             self.singles = self._one_by_one(some, prediction)
             require_finite(self.names, self.singles, some)
             self._compare(some, whole, self.singles)
-            self.vectorized = self._can_vectorize()
 
     def _observe(self, some: Batch) -> bool:
         """Note which buffers a pass moves and how much it stores, and return whether it draws random numbers."""
@@ -103,15 +105,19 @@ class Problem:
 
     def _compare(self, some: Batch, whole: list[torch.Tensor], singles: list[torch.Tensor]) -> None:
         """Settle whether the loss averages or sums over a batch; refuse what does neither."""
-        scales = [as_matrix(row).norm(dim=1).mean() for row in singles]
-        mean, total = [x.mean(0) for x in singles], [x.sum(0) for x in singles]
-        n = len(some)
-        self.averages = self.close(whole, mean, scales)
-        if not self.averages and not self.close(whole, total, [n * scale for scale in scales]):
+        mean, scales = [x.mean(0) for x in singles], [as_matrix(x).norm(dim=1).mean() for x in singles]
+        kinds = self._agreement(whole, mean, scales, len(some))
+        if not any(kinds):
             raise ValueError(
                 "the gradient of a batch loss must be the mean or the sum of the gradients of its examples as batches "
-                f"of one, but that of {n} examples is neither: {self._why(some)}"
+                f"of one, but that of {len(some)} examples is neither: {self._why(some)}"
             )
+        self.averages, self.sums = kinds
+
+    def _agreement(self, whole: Sequence, mean: Sequence, scales: Sequence, n: int) -> tuple[bool, bool]:
+        """Return whether the derivatives of a batch loss are the mean, and whether they are the sum."""
+        total, larger = [n * x for x in mean], [n * scale for scale in scales]
+        return self.close(whole, mean, scales), self.close(whole, total, larger)
 
     def _why(self, some: Batch) -> str:
         """Return the likely cause: the loss of a batch, the model, or what the loss adds beside both."""
@@ -125,13 +131,21 @@ class Problem:
         scales = [as_matrix(x).norm(dim=1).sum() for x in self.singles]
         return PENALTY if self.close(apart, [x.sum(0) for x in self.singles], scales) else MODEL_COUPLES
 
-    def _can_vectorize(self) -> bool:
+    @cached_property
+    def vectorized(self) -> bool:
+        """Whether vmap gives the gradients that one backward pass an example gives; found out when it is needed."""
         if self.moving:
             return False
+        states = _random_state(self.parameters[0].device)
         try:
-            found, _ = self._vectorized(self.some)
+            with _evaluating(self.model) if self.random else nullcontext():
+                found, _ = self._vectorized(self.some)
+            if self.random:
+                self._vectorized(self.some)  # in training it may do something else that vmap cannot do
         except Exception:  # whatever vmap cannot do; the loop has just done it
             return False
+        finally:
+            _set_random_state(states, self.parameters[0].device)
         return self.close(found, self.singles, [x.norm() for x in self.singles])
 
     def has_derivatives(self, vector: list[torch.Tensor]) -> bool:
@@ -166,7 +180,8 @@ class Problem:
 
     def rows(self, chunk: Batch) -> list[torch.Tensor]:
         """Return the gradients of the examples of a chunk, shape (n, ...) for each parameter."""
-        found, prediction = self._vectorized(chunk) if self.vectorized else self._looped(chunk)
+        find = self._vectorized if self.vectorized else self._looped
+        found, prediction = find(chunk)
         require_finite(self.names, found, chunk)
         self.require_separate(chunk, prediction, found)
         return found
@@ -178,7 +193,7 @@ class Problem:
         found, prediction = self.plain(chunk)
         require_finite(self.names, found, chunk)
         self.require_separate(chunk, prediction, None)
-        factor = len(chunk) if self.averages else 1
+        factor = 1 if self.sums else len(chunk)
         return [wide(x) * factor for x in found]
 
     def squares(self, chunk: Batch) -> torch.Tensor:
@@ -198,9 +213,12 @@ class Problem:
                 return losses_of(self.loss, prediction, chunk), prediction
 
         now = tuple(p.detach() for p in self.parameters)
-        _, found, prediction = jvp(losses, now, tuple(vector), has_aux=True)
+        with plain_attention():
+            _, found, prediction = jvp(losses, now, tuple(vector), has_aux=True)
+        if not torch.isfinite(found).all():
+            _require_finite_inputs(chunk)
+        self.require_separate(chunk, prediction, None)  # before the rest, as it knows why a loss is 0/0
         require_finite(["the product with direction"], [found], chunk)
-        self.require_separate(chunk, prediction, None)
         return wide(found.detach())
 
     def plain(self, batch: Batch) -> tuple[list[torch.Tensor], Any]:
@@ -246,7 +264,8 @@ class Problem:
         dims = (None, *[0] * len(chunk.tensors))
         gradient = vmap(grad(loss_of_one, has_aux=True), in_dims=dims, randomness="different")
         size = len(chunk) * sum(p.numel() for p in self.parameters)
-        with _OuterProducts() if size >= LARGE_GRADIENTS and now[0].is_cpu else nullcontext():
+        outer_products = _OuterProducts() if size >= LARGE_GRADIENTS and now[0].is_cpu else nullcontext()
+        with plain_attention(), outer_products:
             found, leaves = gradient(now, *chunk.tensors)
         if not self.sliceable:
             return found, None
@@ -260,17 +279,16 @@ class Problem:
         if len(chunk) == 1 or len(self.some) == 1:
             return
         if self.sliceable:
-            if self.agreement(chunk, prediction)[0 if self.averages else 1]:
-                return
-            raise ValueError(self._refusal(chunk))
-        if self.random:  # a second pass would draw others
+            kinds = self.agreement(chunk, prediction)
+        elif self.random:  # a second pass would draw others
             return
-        whole, _ = self.plain(chunk)
-        scales = [as_matrix(x).norm(dim=1).mean() for x in rows]
-        factor = 1 if self.averages else len(chunk)
-        expected = [x.mean(0) * factor for x in rows]
-        if not self.close(whole, expected, [scale * factor for scale in scales]):
+        else:
+            scales = [as_matrix(x).norm(dim=1).mean() for x in rows]
+            kinds = self._agreement(self.plain(chunk)[0], [x.mean(0) for x in rows], scales, len(chunk))
+        averages, sums = self.averages and kinds[0], self.sums and kinds[1]
+        if not averages and not sums:
             raise ValueError(self._refusal(chunk))
+        self.averages, self.sums = averages, sums
 
     def _refusal(self, chunk: Batch) -> str:
         kind = "mean" if self.averages else "sum"
@@ -304,9 +322,8 @@ class Problem:
         asked = [x for x in leaves if _is_floating(x)]
         prediction = tree_unflatten(leaves, form)
         together = _derivatives(_total(self.loss, prediction, chunk), asked)
-        apart = _derivatives(losses_of(self.loss, prediction, chunk).sum(), asked)
-        mean = [x / len(chunk) for x in apart]
-        return tuple(self.close(together, other, [x.norm() for x in map(wide, other)]) for other in (mean, apart))
+        mean = [x / len(chunk) for x in _derivatives(losses_of(self.loss, prediction, chunk).sum(), asked)]
+        return self._agreement(together, mean, [wide(x).norm() for x in mean], len(chunk))
 
 
 # Private parts
@@ -419,6 +436,11 @@ def _stacked(predictions: list[Any]) -> Any:
     return tree_unflatten(leaves, tree_flatten(predictions[0])[1])
 
 
+def plain_attention() -> AbstractContextManager:
+    """Compute attention by matrix products: the fused kernels know neither vmap nor derivatives in forward mode."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
     """Return a tensor of n rows as a matrix."""
     return x.reshape(len(x), math.prod(x.shape[1:]))
@@ -476,15 +498,19 @@ def require_finite(names: Sequence[str], gradients: Sequence[torch.Tensor], batc
         # One pass: a sum in float32 at least is finite where its terms are.
         if torch.isfinite(gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32))):
             continue
-        for x in batch.tensors:
-            if _is_floating(x) and (bad := ~torch.isfinite(as_matrix(x)).all(1)).any():
-                raise ValueError(f"inputs must be finite, got NaN or infinity in {int(bad.sum())} of {len(x)} examples")
+        _require_finite_inputs(batch)
         if gradient.dtype == torch.float16:
             raise ValueError(
                 f"gradients must fit into float16, up to {torch.finfo(torch.float16).max:g}, but that of {name} "
                 "overflowed: use bfloat16 or float32"
             )
         raise ValueError(f"gradients must be finite, but that of {name} is not")
+
+
+def _require_finite_inputs(batch: Batch) -> None:
+    for x in batch.tensors:
+        if _is_floating(x) and (bad := ~torch.isfinite(as_matrix(x)).all(1)).any():
+            raise ValueError(f"inputs must be finite, got NaN or infinity in {int(bad.sum())} of {len(x)} examples")
 
 
 def trainable_of(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,13 +7,14 @@ example's gradient of the layer's parameters rests on its part of δ and of the 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from helpers.lab._problems import Problem, as_matrix, losses_of, replaced, require_finite, wide
+from helpers.lab._problems import Problem, as_matrix, losses_of, plain_attention, replaced, require_finite, wide
 from helpers.lab.batches import Batch
 from helpers.lab.watch import Call, is_leaf, watch
 
@@ -60,7 +61,8 @@ class Layerwise:
         within = {p for layer in problem.model.modules() if is_leaf(layer) for p in layer.parameters()}
         outside = [p for p in problem.parameters if p not in within]
         self.outside = problem.only(outside) if outside else None
-        self.layouts = _layouts(self._calls(problem.some[:1])[0], self._calls(problem.some)[0], len(problem.some))
+        single, several = self._calls(problem.some[:1])[0], self._calls(problem.some)[0]
+        self.layouts = _layouts(single, several, len(problem.some))
 
     @staticmethod
     def of(problem: Problem) -> "Layerwise | None":
@@ -77,7 +79,8 @@ class Layerwise:
 
     def squares(self, chunk: Batch) -> torch.Tensor:
         """Return |g_i|² for the examples of a chunk."""
-        calls, deltas, prediction = self._calls(chunk)
+        calls, prediction = self._calls(chunk)
+        deltas = self._deltas(calls, prediction, chunk)
         found = torch.zeros(len(chunk), dtype=wide(deltas[0][0]).dtype, device=deltas[0][0].device)
         awaited = Counter(p for call in calls for p in self._own(call.layer))
         pieces: dict[nn.Parameter, list[Piece]] = defaultdict(list)
@@ -97,14 +100,18 @@ class Layerwise:
     def _own(self, layer: nn.Module) -> list[nn.Parameter]:
         return [p for p in layer.parameters() if p.requires_grad]
 
-    def _calls(self, chunk: Batch) -> tuple[list[Call], list[list[torch.Tensor]], object]:
-        """Return the calls of layers with something to train, the derivatives by their outputs and the prediction."""
+    def _calls(self, chunk: Batch) -> tuple[list[Call], Any]:
+        """Return the calls of layers with something to train, and the prediction."""
         with watch(self.problem.model, lambda layer: is_leaf(layer) and bool(self._own(layer))) as calls:
             prediction = chunk.predict(self.problem.model)
+        return calls, prediction
+
+    def _deltas(self, calls: list[Call], prediction: Any, chunk: Batch) -> list[list[torch.Tensor]]:
+        """Return the derivatives of the summed losses by the outputs of each call."""
         total = losses_of(self.problem.loss, prediction, chunk).sum()
         outputs = [x for call in calls for x in call.outputs]
         found = iter(torch.autograd.grad(total, outputs, materialize_grads=True))
-        return calls, [[next(found) for _ in call.outputs] for call in calls], prediction
+        return [[next(found) for _ in call.outputs] for call in calls]
 
 
 def _layouts(single: list[Call], several: list[Call], n: int) -> list[Layout]:
@@ -180,7 +187,8 @@ def _gradients_of_layer(
         for tensors, dims in ((call.inputs, layout.inputs), (deltas, layout.outputs))
     ]
     gradients = vmap(grad(along_deltas), in_dims=(None, layout.inputs, layout.outputs))
-    return [wide(x) for x in gradients([p.detach() for p in own], *parts)]
+    with plain_attention():
+        return [wide(x) for x in gradients([p.detach() for p in own], *parts)]
 
 
 def _squared_norms(pieces: list[Piece], shape: torch.Size) -> torch.Tensor:

@@ -18,7 +18,7 @@ class Batch:
     ----------
     leaves : list
         Tensors of shape (n, ...), and whatever else there is in inputs and targets.
-    form : TreeSpec
+    form : torch.utils._pytree.TreeSpec
         How they make up inputs and targets.
     """
 
@@ -67,7 +67,7 @@ class Batch:
         return replace(self, leaves=[x.to(device) if isinstance(x, torch.Tensor) else x for x in self.leaves])
 
     def with_tensors(self, tensors: Iterable[torch.Tensor]) -> "Batch":
-        """Return the same with other tensors, in the order of :attr:`tensors`."""
+        """Return the same with other tensors, in the order of ``tensors``."""
         new = iter(tensors)
         return replace(self, leaves=[next(new) if isinstance(x, torch.Tensor) else x for x in self.leaves])
 

@@ -33,7 +33,7 @@ class Call:
     outputs : tuple of torch.Tensor
         The floating-point tensors that it returned, in order. The network went on with copies of them, so they keep
         their values, and they are part of its graph.
-    arguments : tuple of tuple and dict
+    arguments : tuple
         All that it was given, by position and by keyword, with `inputs` in place of its tensors.
     """
 

@@ -1,15 +1,17 @@
 """A call of every public tensor function of ``helpers``, with arguments that are made on a given device.
 
-A function has a row for each of its ways to make tensors. ``Place`` makes the arguments.
+A function has a row for each of its ways to make tensors. ``Place`` makes the arguments. Here stand the rows of the
+bench; a chapter's stand in its own test module, as ``DEVICE_CASES`` and ``DEVICE_CASES_BY_VALUES``.
 """
 
-from inspect import signature
+from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from helpers import gradient_noise, initialization, minibatch_loss
+from helpers import gradient_noise, initialization
 from helpers.lab import (
     batches,
     checks,
@@ -25,8 +27,6 @@ from helpers.lab import (
 )
 from helpers.lab import networks as random_networks
 
-LOSSES = {"n_batches": 5, "batch_size": 4, "mean": 1.5, "std": 0.7}
-SHIFT = dict.fromkeys(signature(minibatch_loss.shared_shift_moments).parameters, 0.7)
 MAP = {"activation": torch.tanh, "weight_scale": 1.7}
 ID = "any.device"
 
@@ -117,18 +117,6 @@ def bound(at):
 
 # Run on the other device, where tensors have no values.
 ELSEWHERE = [
-    (minibatch_loss.iid_losses, lambda at: LOSSES | {"generator": at.generator}),
-    (minibatch_loss.iid_losses, lambda at: LOSSES | {"marginal": "exponential", "generator": at.generator}),
-    (minibatch_loss.equicorrelated_losses, lambda at: LOSSES | {"correlation": 0.4, "generator": at.generator}),
-    (minibatch_loss.equicorrelated_losses, lambda at: LOSSES | {"correlation": -0.2, "generator": at.generator}),
-    (
-        minibatch_loss.shared_shift_gradients,
-        lambda at: SHIFT | {"n_batches": 5, "batch_size": 4, "generator": at.generator},
-    ),
-    (
-        minibatch_loss.stable_losses,
-        lambda at: {"n_batches": 5, "batch_size": 4, "alpha": 1.5, "generator": at.generator},
-    ),
     (  # a small batch, by Floyd's algorithm
         gradient_noise.sample_batches,
         lambda at: {"n_batches": 5, "batch_size": 3, "population_size": 20, "generator": at.generator},
@@ -163,9 +151,6 @@ ELSEWHERE = [
 
 # Decide by values, or hand them to NumPy: run on the CPU, where every new tensor must be told its device.
 BY_VALUES = [
-    (minibatch_loss.intraclass_correlation, lambda at: {"losses": at.normal(100, 4)}),
-    (minibatch_loss.correlation_interval, lambda at: {"losses": at.normal(100, 4)}),
-    (minibatch_loss.effective_batch_interval, lambda at: {"losses": list(at.normal(100, 4))}),
     (gradients.per_sample_gradients, problem),
     (gradients.per_sample_gradients, lambda at: problem(at) | {"chunk_size": 4}),
     (gradients.per_sample_squared_norms, problem),
@@ -226,3 +211,13 @@ WITHIN_OTHERS = [
     watch.untouched,
     watch.watch,
 ]
+
+
+def in_test_modules(name):
+    """Return the rows of all test modules that have a list of this name."""
+    modules = sorted(path for path in Path(__file__).parents[1].glob("test_*.py") if f"\n{name} = " in path.read_text())
+    return [row for path in modules for row in getattr(import_module(f"tests.{path.stem}"), name)]
+
+
+ELSEWHERE += in_test_modules("DEVICE_CASES")
+BY_VALUES += in_test_modules("DEVICE_CASES_BY_VALUES")
