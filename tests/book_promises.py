@@ -354,10 +354,6 @@ def hidden_state(root):
     return [problem for problem in problems if problem not in ALLOWED]
 
 
-# To be renamed in their chapters: the set only shrinks.
-SHARED_TODAY = {"model B", "report", "steps and examples"}
-
-
 def shared_streams(root):
     """Every simulation has a stream of its own: within a notebook no two ask for one name, nor for a helper's."""
     helpers = [path for path in sorted((root / "helpers").rglob("*.py")) if place(root, path) not in EXEMPT]
@@ -368,7 +364,7 @@ def shared_streams(root):
         problems += [
             f"{place(root, path)}: {count} simulations draw from the stream {name!r}"
             for name, count in (Counter(streams(trees)) + of_helpers).items()
-            if count > 1 and name not in SHARED_TODAY
+            if count > 1
         ]
     return problems
 
