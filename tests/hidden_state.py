@@ -16,7 +16,9 @@ NAMES = {
     *("set_default_device", "set_default_dtype", "set_num_threads", "use_deterministic_algorithms"),
 }
 # torch.cuda is a module as well: to ask whether there is a device is no harm, to choose one is.
-ALLOWED = re.compile(r"torch\.cuda\.(is_available|device_count|is_initialized)|torch\.random\.fork_rng")
+ALLOWED = re.compile(
+    r"torch\.backends\..*|torch\.cuda\.(is_available|device_count|is_initialized)|torch\.random\.fork_rng"
+)
 TYPES = {"torch.cuda", "torch.Generator", "numpy.random.Generator"}  # they may be named, in annotations
 DRAWS = re.compile(
     r"torch\.(rand|randn|randint|randperm|normal|bernoulli|multinomial|poisson|binomial)(_like)?"
@@ -95,6 +97,7 @@ def findings(code: str, names: Names | None = None) -> Iterator[str]:
     seeded = {child for block in ast.walk(tree) if _is_seeded(block, names) for child in ast.walk(block)}
     deferred = {child for block in ast.walk(tree) if isinstance(block, FUNCTIONS) for child in ast.walk(block)}
     parameters = {argument.kwarg.arg for argument in _arguments(tree) if argument.kwarg}
+    asked = {part for node in ast.walk(tree) if isinstance(node, ast.Compare) for part in ast.walk(node)}
     parts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}  # judged with what follows
     for node in ast.walk(tree):
         yield from _imports(node)
@@ -105,7 +108,8 @@ def findings(code: str, names: Names | None = None) -> Iterator[str]:
             yield from _draw(node, names, parameters) if node not in seeded else ()
         if isinstance(node, ast.Attribute | ast.Name | ast.Call) and node not in parts:
             yield from _reference(node, names)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and DEVICE_NAME.fullmatch(node.value):
+        is_name = isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in asked
+        if is_name and DEVICE_NAME.fullmatch(node.value):
             yield f"names the device {node.value!r}"
 
 

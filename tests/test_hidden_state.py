@@ -89,6 +89,8 @@ HONEST = [
     "generator('a')",
     "torch.rand(3, generator=g)",
     "'a cpu'",
+    "x.device.type == 'cuda'",
+    "torch.backends.cuda.matmul.allow_tf32",
     "place = {'generator': generator('a'), 'device': device()}\ntorch.rand(3, **place)",
     "options = double | {'generator': source}\ntorch.randn(3, **options)",
     "options = dict(double, generator=source)\ntorch.randn(3, **options)",
