@@ -18,7 +18,7 @@ EXTRAS_test := book,test
 EXTRAS_bench := bench
 
 .DEFAULT_GOAL := help
-.PHONY: help book html page test devices browser look lint lab execute ledger reseed bench constraints clean
+.PHONY: help book html page test devices browser look lint lab execute ledger reseed bench pages-bench constraints clean
 .DELETE_ON_ERROR:
 
 # Bytecode is kept, whatever the shell says: else each of some forty processes would compile torch and SymPy again.
@@ -36,7 +36,7 @@ EXECUTE := $(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-leve
   --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.extra_arguments=--IPKernelApp.log_level=ERROR
 
 help:  ## list the targets
-	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 book: html  ## build the HTML from the notebooks' stored outputs
 	@echo "The book is built. Open $(HTML) in a browser."
@@ -84,6 +84,9 @@ reseed: $(VENV)/.installed-test  ## check every claim under SEEDS=20 fresh seeds
 
 bench: $(VENV)/.installed-bench  ## time the helpers beside Opacus, BackPACK, bare random numbers and plain loops
 	$(BIN)/python -m benchmarks
+
+pages-bench: html $(VENV)/.installed-test  ## time the pages on a desktop and an emulated phone
+	$(BIN)/python -m tests.browser.times
 
 constraints: $(VENV)/.created  ## renew constraints.txt; torch stays until its line there is edited
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv

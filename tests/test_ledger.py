@@ -1,5 +1,6 @@
 """The ledger shows what the notebooks store, all of it, and refuses a book whose claims are not all checked."""
 
+import itertools
 import json
 import re
 import shutil
@@ -260,39 +261,55 @@ def test_the_text_holds_totals_and_every_row(tmp_path):
     ]
 
 
-def test_the_page_holds_every_cell(tmp_path):
-    ledger = ledger_of(tmp_path, several(), number(case="digits"), equal(), below())
+def test_the_page_states_each_claim_once_and_holds_every_cell(tmp_path):
+    ledger = ledger_of(tmp_path, several(), several(case="again"), number(case="digits"), equal(), below())
     head, *body = Page(ledger._repr_html_()).rows
-    assert head == list(HEADERS)
-    assert body == [[row[0].text, *figures(row), "✓"] for row in ledger.rows]
+    assert head == ["Check", *HEADERS[3:]]
+    wanted = []
+    for id, checks in itertools.groupby(ledger.rows, lambda row: row[0].text):
+        wanted.append([f"{id} A title A §1"])
+        wanted += [[row[1] or f"check {k}", *row[3:]] for k, row in enumerate(checks, 1)]
+    assert body == wanted
 
 
-def test_rows_link_to_the_place_of_their_claim(tmp_path):
-    notebooks = {
-        "one/deeper/first": [number("first.a")],
-        "top": [number("top.a")],
-        "two/second": [number("second.b"), equal("second.b", "again")],
-    }
-    registered = {"first.a": {}, "top.a": {}, "second.b": {"checks": 2}}
-    ledger = ledger_of_book(tmp_path, registered, notebooks)
-    assert Page(ledger._repr_html_()).links == [
+def test_claims_link_to_their_place_and_checks_to_themselves(tmp_path):
+    notebooks = {"one/deeper/first": [number("first.a")], "two/second": [number("second.b"), equal("second.b", "c")]}
+    ledger = ledger_of_book(tmp_path, {"first.a": {}, "second.b": {"checks": 2}}, notebooks)
+    page = ledger._repr_html_()
+    assert Page(page).links == [
         "one/deeper/first.html#first.a",
-        "top.html#top.a",
+        "#first.a.1",
         "two/second.html#second.b",
-        "two/second.html#second.b",
+        "#second.b.1",
+        "#second.b.2",
     ]
+    assert re.findall(r'<tr id="(.*?)"', page) == ["first.a.1", "second.b.1", "second.b.2"]
 
 
-def test_chapters_to_filter_by_are_those_of_the_rows(tmp_path):
-    notebooks = {"one/tiny": [number("tiny.a"), number("tiny.c")], "two/other": [number("other.b")]}
+def test_what_one_can_filter_by_is_what_there_is(tmp_path):
+    notebooks = {"one/tiny": [number("tiny.a"), number("tiny.c")], "two/other": [equal("other.b")]}
     ledger = ledger_of_book(tmp_path, {"tiny.a": {}, "tiny.c": {}, "other.b": {}}, notebooks)
     page = ledger._repr_html_()
-    assert re.findall(r'<option value="(.*?)">(.*?)</option>', page) == [
-        ("", "all"),
-        ("tiny", "tiny"),
-        ("other", "other"),
+    options = {
+        name: re.findall(r'<option value="(.*?)">', listed)
+        for name, listed in re.findall(r'<select name="(\w+)">(.*?)</select>', page)
+    }
+    assert options["part"] == ["", "I"]
+    assert options["chapter"] == ["", "tiny", "other"]
+    assert options["kind"] == ["", "agree", "exact", "bounded"]
+    assert re.findall(r'<tbody data-part="(.*?)" data-chapter="(.*?)">', page) == [
+        ("I", "tiny"),
+        ("I", "tiny"),
+        ("I", "other"),
     ]
-    assert re.findall(r'<tr id="(.*?)">', page) == ["tiny.a.1", "tiny.c.1", "other.b.1"]
+    assert re.findall(r'data-kind="(\w+)"', page) == ["agree", "agree", "exact"]
+
+
+def test_simulations_can_be_sorted_by_score_and_sharpness(tmp_path):
+    page = ledger_of(tmp_path, several(), equal())._repr_html_()
+    ((z, catches),) = re.findall(r'data-z="(.*?)" data-catches="(.*?)"', page)
+    assert float(z) == pytest.approx(2.0)  # the largest of OFF, without its sign
+    assert float(catches) == pytest.approx(several().figures["would_catch"], rel=1e-3)
 
 
 def test_text_is_escaped_on_the_page(tmp_path):
@@ -300,7 +317,8 @@ def test_text_is_escaped_on_the_page(tmp_path):
     ledger = ledger_of(tmp_path, number(case=case), source=source)
     page = ledger._repr_html_()
     table = Page(page)
-    assert table.rows[1][1:3] == [case, source]
+    assert table.rows[1] == [f"tiny.number A title {source}"]
+    assert table.rows[2][0] == case
     assert not {"b", "script"} & set(table.tags)
     assert "<b>" not in page
     assert "<script>" not in page
@@ -359,7 +377,7 @@ def test_checkpoints_are_ignored(tmp_path, folder):
         f"{folder}/tiny-checkpoint": [number(), number(offset=9), number("tiny.unregistered")],
     }
     ledger = ledger_of_book(tmp_path, {"tiny.number": {}}, notebooks)
-    assert Page(ledger._repr_html_()).links == ["part/tiny.html#tiny.number"]
+    assert Page(ledger._repr_html_()).links == ["part/tiny.html#tiny.number", "#tiny.number.1"]
 
 
 # The book's own ledger

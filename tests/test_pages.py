@@ -1,5 +1,6 @@
 """The extension that finishes the pages: which scripts, icons and buttons a built book has."""
 
+import base64
 import html
 import re
 import shutil
@@ -24,6 +25,20 @@ ADDRESS = "https://github.com/owner/repository"
 
 CLAIM = '<details class="claim claim-passed"><summary>It holds.</summary></details>'
 DEEPER = "Text.\n\n```{dropdown} Going deeper\nMore words.\n```"
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYPj/HwADAgH/p5Z4WQAAAABJRU5ErkJggg=="
+DESCRIBED = {"mystnb": {"image": {"alt": "A dot."}, "figure": {"caption": "See the dot.", "name": "fig-dot"}}}
+FRONT = """# A book
+
+Let $x>0$, and $y$ too.
+
+```{tip}
+Look up.
+```
+
+```{stored-figure} a fig-dot
+One *dot*.
+```
+"""
 EXERCISE = """```{exercise-start} Easy
 :label: easy
 ```
@@ -84,10 +99,12 @@ def build(folder, address=""):
     (folder / "_config.yml").write_text(config.replace('url: ""', f'url: "{address}"'), encoding="utf-8")
     pages = "".join(f"- file: book/{name}\n" for name in ("a", "b", "folds", "minibatch_loss"))
     (folder / "_toc.yml").write_text(f"format: jb-book\nroot: book/index\nchapters:\n{pages}")
-    (folder / "book/index.md").write_text("# A book\n\nLet $x>0$, and $y$ too.\n\n```{tip}\nLook up.\n```\n")
+    (folder / "book/index.md").write_text(FRONT, encoding="utf-8")
     title, call = new_markdown_cell("# A chapter"), "answer = f(1)"
     figure = {"text/html": FIGURE, "text/plain": "A figure"}
-    nbformat.write(notebook(title, code_cell(call, figure)), folder / "book/a.ipynb")
+    picture = code_cell("draw()", {"image/png": PIXEL})
+    picture.metadata |= DESCRIBED
+    nbformat.write(notebook(title, code_cell(call, figure), picture), folder / "book/a.ipynb")
     nbformat.write(notebook(title, code_cell(call)), folder / "book/b.ipynb")
     nbformat.write(chapter_with_folds(), folder / "book/folds.ipynb")
     claims = code_cell("check()", claim("unbiased", "<a>"), claim("unbiased", "b"), claim("iid_variance", "c"))
@@ -274,3 +291,27 @@ def test_checks_of_a_claim_in_one_cell_stand_under_its_line(claim_lines):
     escaped = "&lt;a&gt;"
     first = [f"{escaped}: Sentence {escaped}. row {escaped}", "b: Sentence b. row b"]
     assert checks == [first, ["c: Sentence c. row c"], ["d: Sentence d. row d"]]
+
+
+def test_the_front_page_shows_a_figure_that_a_notebook_stores(private):
+    figure = re.search(r'<figure class="stored-figure.*?</figure>', text_of(private, "index.html"), re.DOTALL)[0]
+    assert 'alt="A dot."' in figure
+    assert "One <em>dot</em>." in figure
+    shown = re.search(r'src="\.\./(_images/[^"]*)"', figure)[1]
+    assert (private / shown).read_bytes() == base64.b64decode(PIXEL)
+
+
+@pytest.mark.parametrize(
+    ("page", "description", "title"),
+    [
+        ("index.html", "Let x&gt;0, and y too.", "Random Variables in Deep Learning"),
+        ("folds.html", "A story begins.", "Folds"),
+        ("b.html", "Deep learning explained through random variables", "A chapter"),
+    ],
+)
+def test_a_page_says_in_its_head_what_it_is_about(private, page, description, title):
+    head = text_of(private, page).partition("</head>")[0]
+    found = dict(re.findall(r'<meta (?:name|property)="([\w:]+)" content="([^"]*)"', head))
+    assert found["description"].startswith(description)
+    assert found["og:description"] == found["description"]
+    assert found["og:title"] == title

@@ -1,6 +1,6 @@
 """What the book says of its chapters, made from the registry and ``_toc.yml``.
 
-``{parts}`` is the table of parts and chapters, ``{sources}`` the rows of the
+``{parts}`` is the list of parts and chapters, ``{sources}`` the rows of the
 source map, ``{modules}`` the table of the reference, and ``{chapter}`` the number
 of a chapter, with a link to it. The reference's page of each chapter's module is
 written before Sphinx looks for pages.
@@ -94,20 +94,18 @@ class Made(SphinxDirective):
 
 
 class Parts(Made):
-    """A row for each chapter, and for each part one of what is still to come."""
+    """An item for each part: links to its chapters, then what it will hold besides."""
 
     def lines(self, root):
         parts, chapters = book_of(root)
-        rows = []
+        lines = []
         for part in parts:
             of_part = [chapter for chapter in chapters if chapter.part == part]
-            cells = [[chapter.link, "ready"] for chapter in of_part if chapter.place]
-            waiting = [chapter.title for chapter in of_part if not chapter.place]
-            if waiting:
-                cells.append([", ".join(waiting), "to come"])
-            names = [part] + [""] * (len(cells) - 1)
-            rows += [[name, *row] for name, row in zip(names, cells, strict=True)]
-        return table(["part", "chapters", "state"], rows)
+            linked = [chapter.link for chapter in of_part if chapter.place]
+            planned = [chapter.title for chapter in of_part if not chapter.place]
+            lines += [f"- **{part}**", *(f"  - {link}" for link in linked)]
+            lines += [f"  - {', '.join(planned)}"] if planned else []
+        return lines
 
 
 class Sources(Made):

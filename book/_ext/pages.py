@@ -8,6 +8,7 @@ from docutils import nodes
 
 from claim_rows import GroupClaims
 from folds import FoldCells, depart_fold, fold, visit_fold
+from front import PREREQUISITES
 from helpers.lab.reading import length_of
 from icons import trim_icons
 from scripts import choose_scripts, copy_scripts
@@ -40,7 +41,7 @@ def show_reading_times(app, doctree):
     """Add to a chapter's line of prerequisites how long story and code take."""
     source = Path(app.env.doc2path(app.env.docname))
     paragraph = next(doctree.findall(nodes.paragraph), nodes.paragraph())
-    if source.suffix != ".ipynb" or not paragraph.astext().startswith("Prerequisites"):
+    if source.suffix != ".ipynb" or not paragraph.astext().startswith(PREREQUISITES):
         return
     length = length_of(json.loads(source.read_text(encoding="utf-8"))["cells"])
     story, workbench = length.story, length.workbench

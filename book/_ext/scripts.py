@@ -22,13 +22,14 @@ OWN = {
     "plotly-basic.min.js": HERE / "plotly" / "plotly-basic.min.js",
     "sliders.js": HERE / "sliders.js",
 }
+SEARCH = "search"  # the theme's search page has a name and no text
 # What says that a page needs a script; every other script is needed everywhere.
 NEEDED_FOR = {
     "mathjax": 'class="math ',
     "ledger.js": 'class="ledger"',
     "design-tabs.js": 'class="sd-tab',
     "togglebutton.js": "dropdown admonition",
-    "/search.js": 'id="search-results"',
+    "/search.js": SEARCH,
 }
 FIGURE_MARK = 'class="slider-figure"'
 # Thebe asks a CDN. Its own name is in its file and in what configures it.
@@ -39,7 +40,7 @@ BLOCKING = "documentation_options.js"
 
 def choose_scripts(app, pagename, templatename, context, doctree):
     """Leave a page the scripts that it needs, all but one of them deferred."""
-    body = context.get("body", "")
+    body = context.get("body", "") if pagename != SEARCH else SEARCH
     if FIGURE_MARK in body:
         app.add_js_file("figures/sliders.js")
     scripts = [
@@ -48,7 +49,7 @@ def choose_scripts(app, pagename, templatename, context, doctree):
         if not UNWANTED.search(_text_of(script)) and _is_needed(script, body)
     ]
     # The theme's search page has scripts that run at once and rest on the others.
-    if pagename != "search":
+    if pagename != SEARCH:
         scripts = [_deferred(script) for script in scripts]
     context["script_files"] = scripts
 

@@ -25,6 +25,10 @@ HEADERS = (
     "Would catch",
     "Held",
 )
+# On the page a claim is stated once, and its checks have these columns.
+COLUMNS = ("Check", *HEADERS[3:])
+KINDS = {"agree": "simulation", "exact": "exact", "bounded": "bound"}
+ORDERS = {"": "as in the book", "z": "largest |z| first", "sharp": "sharpest first", "blunt": "least sharp first"}
 
 
 class Ledger(Table):
@@ -53,19 +57,42 @@ class Ledger(Table):
         rows = [_row(record, claim.source, pages[claim.id]) for claim in claims for record in records[claim.id]]
         ids = [f"{claim.id}.{number}" for claim in claims for number in range(1, claim.checks + 1)]
         super().__init__(HEADERS, rows, row_ids=ids)
+        self._parts = {place.chapter: place.part for place in places(root / "_toc.yml")}
+        self._claims, self._pages, self._records = claims, pages, records
 
     def __repr__(self) -> str:
         return f"{self.totals}\n{super().__repr__()}"
 
     def _repr_html_(self) -> str:
-        chapters = dict.fromkeys(id.partition(".")[0] for id in self.row_ids)
-        options = "".join(f'<option value="{name}">{name}</option>' for name in chapters)
+        chapters = dict.fromkeys(claim.id.partition(".")[0] for claim in self._claims)
+        parts = dict.fromkeys(self._parts.get(name, "") for name in chapters)
+        filters = "".join(
+            [
+                _select("part", "Part", {"": "all"} | {part: part for part in parts}),
+                _select("chapter", "Chapter", {"": "all"} | {name: name for name in chapters}),
+                _select("kind", "Kind", {"": "all"} | KINDS),
+                _select("order", "Order", ORDERS),
+            ]
+        )
+        head = "".join(f'<th scope="col">{name}</th>' for name in COLUMNS)
+        body = "".join(map(self._html_group, self._claims))
         return (
             f'<div class="ledger"><p class="ledger-totals">{html.escape(self.totals)}</p>'
-            f'<p class="ledger-filters" hidden><label>Chapter <select><option value="">all</option>{options}</select>'
-            f'</label> <label>Search <input type="search"></label> <span role="status"></span></p>'
-            f'<div class="ledger-scroll" tabindex="0" role="region" aria-label="All checks of all claims">'
-            f"{super()._repr_html_()}</div></div>"
+            f'<p class="ledger-filters" hidden>{filters}<label>Search <input type="search"></label> '
+            f'<span role="status"></span></p><div class="ledger-scroll" tabindex="0" role="region" '
+            f'aria-label="All checks of all claims"><table><thead><tr>{head}</tr></thead>{body}</table></div></div>'
+        )
+
+    def _html_group(self, claim: RegisteredClaim) -> str:
+        """A claim: a row that states it, and a row for each of its checks."""
+        chapter = claim.id.partition(".")[0]
+        part = html.escape(self._parts.get(chapter, ""))
+        link = f'<a href="{self._pages[claim.id]}#{claim.id}">{claim.id}</a>'
+        rows = (_html_check(f"{claim.id}.{k}", record) for k, record in enumerate(self._records[claim.id], 1))
+        return (
+            f'<tbody data-part="{part}" data-chapter="{chapter}"><tr class="ledger-claim">'
+            f'<th scope="rowgroup" colspan="{len(COLUMNS)}">{link} '
+            f"{html.escape(claim.title)} <small>{html.escape(claim.source)}</small></th></tr>{''.join(rows)}</tbody>"
         )
 
 
@@ -124,6 +151,12 @@ def _totals(records: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def _row(record: Mapping[str, Any], source: str, page: str) -> list[str | Html]:
+    link = Html(f'<a href="{page}#{record["id"]}">{record["id"]}</a>', record["id"])
+    return [link, record["case"], source, *_figures(record)]
+
+
+def _figures(record: Mapping[str, Any]) -> list[str]:
+    """Return the cells of HEADERS[3:]."""
     derived = z = catches = ""
     at = record["shown"]
     if record["kind"] == "agree":
@@ -135,9 +168,29 @@ def _row(record: Mapping[str, Any], source: str, page: str) -> list[str | Html]:
         theory, simulated = _figure(record["formula"], at), _figure(record["computed"], at)
     else:
         theory, simulated = f"≤ {_figure(record['bound'], at)}", record["seen"]
-    link = Html(f'<a href="{page}#{record["id"]}">{record["id"]}</a>', record["id"])
-    return [link, record["case"], source, derived, theory, simulated, z, catches, "✓"]
+    return [derived, theory, simulated, z, catches, "✓"]
 
 
 def _figure(numbers: Any, at: int) -> str:
     return f"{np.ravel(numbers)[at]:.5g}"
+
+
+def _select(name: str, label: str, options: Mapping[str, str]) -> str:
+    listed = "".join(
+        f'<option value="{html.escape(key)}">{html.escape(text)}</option>' for key, text in options.items()
+    )
+    return f'<label>{label} <select name="{name}">{listed}</select></label> '
+
+
+def _html_check(id: str, record: Mapping[str, Any]) -> str:
+    """A row for one check, which other pages can link to, with the figures by which it is sorted."""
+    figures = ""
+    if record["kind"] == "agree":
+        figures = f' data-z="{np.abs(record["z"]).max():.4g}" data-catches="{record["would_catch"]:.4g}"'
+    name = record["case"] or f"check {id.rpartition('.')[2]}"
+    cells = "".join(
+        f'<td data-label="{label}">{html.escape(cell)}</td>'
+        for label, cell in zip(COLUMNS[1:], _figures(record), strict=True)
+    )
+    link = f'<a href="#{id}" title="Link to this check">{html.escape(name)}</a>'
+    return f'<tr id="{id}" data-kind="{record["kind"]}"{figures}><th scope="row">{link}</th>{cells}</tr>'

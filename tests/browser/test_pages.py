@@ -291,21 +291,48 @@ def test_claims_solutions_and_cells_open_by_keyboard(page):
 
 
 @of_the_ledger
-def test_the_ledger_sorts_and_filters(page):
-    rows = page.locator(".ledger tbody tr")
-    total = rows.count()
-    page.locator(".ledger input").fill("berry")
-    assert 0 < rows.locator("visible=true").count() < total
-    page.locator(".ledger input").fill("")
-    page.locator(".ledger select").select_option("minibatch_loss")
-    of_chapter = page.locator(".ledger tbody tr[id^='minibatch_loss.']").count()
-    assert 0 < rows.locator("visible=true").count() == of_chapter < total
-    column = page.locator(".ledger thead th").all_inner_texts().index("z")
-    page.locator(".ledger thead button").nth(column).click()
-    cells = page.locator(f".ledger tbody tr td:nth-child({column + 1})")
-    z = [float(text) for text in cells.all_inner_texts() if text]
-    assert z == sorted(z)
-    page.locator(".ledger tbody a").first.click()
+def test_the_ledger_filters(page):
+    checks = page.locator(".ledger tbody tr:not(.ledger-claim)")
+    visible, search = checks.locator("visible=true"), page.locator(".ledger input")
+    total = checks.count()
+    search.fill("berry")
+    assert 0 < visible.count() < total
+    search.fill("a batch is worth")  # of a statement
+    assert 0 < visible.count() < total
+    search.fill("")
+    for name, value, wanted in [
+        ("chapter", "minibatch_loss", "tbody[data-chapter=minibatch_loss] tr:not(.ledger-claim)"),
+        ("kind", "bounded", "tr[data-kind=bounded]"),
+    ]:
+        page.locator(f".ledger select[name={name}]").select_option(value)
+        assert 0 < visible.count() == page.locator(f".ledger {wanted}").count() < total
+        page.locator(f".ledger select[name={name}]").select_option("")
+    assert visible.count() == total
+
+
+@of_the_ledger
+def test_the_ledger_sorts(page):
+    order = page.locator(".ledger select[name=order]")
+    first = "all => all.map(body => body.rows[1].dataset)"
+    for name, key, sign in [("z", "z", -1), ("sharp", "catches", 1), ("blunt", "catches", -1)]:
+        order.select_option(name)
+        found = [data.get(key) for data in page.locator(".ledger tbody").evaluate_all(first)]
+        figures = [sign * float(figure) for figure in found if figure]
+        assert figures == sorted(figures)
+        assert not any(found[len(figures) :])
+    order.select_option("")
+
+
+@of_the_ledger
+def test_the_ledger_shows_all_columns_and_its_rows_are_linked(page):
+    dress(page, WIDE, "light")
+    cells = "[...document.querySelectorAll('.ledger :is(td, th)')]"
+    assert page.evaluate(f"{cells}.every(cell => cell.getBoundingClientRect().right <= innerWidth)")
+    id = page.locator(".ledger tbody tr[id]").last.get_attribute("id")
+    page.locator(".ledger tbody tr[id] a").last.click()
+    assert page.evaluate("decodeURIComponent(location.hash.slice(1))") == id
+    assert page.locator(".ledger tr:target").count() == 1
+    page.locator(".ledger-claim a").first.click()
     page.wait_for_url("**/minibatch_loss.html#*")
     assert page.evaluate("!!document.getElementById(decodeURIComponent(location.hash.slice(1)))")
 

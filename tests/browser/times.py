@@ -11,7 +11,7 @@ from playwright.sync_api import sync_playwright
 
 from tests.browser.site import FLAGS, HTML, PHONE, WIDE, chromium, served
 
-VISITS = 1
+VISITS = 3
 SLOW_NETWORK = {"offline": False, "latency": 150, "downloadThroughput": 200_000, "uploadThroughput": 94_000}
 COLUMNS = ("first paint", "DOM ready", "formulas", "figure", "kB", "shift")
 WATCH = """
