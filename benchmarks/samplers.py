@@ -33,6 +33,7 @@ def races() -> list[Race]:
         race("shared_shift_gradients", shared_shift, normals(SHAPE, SHAPE, COLUMN), shared_shift_by_definition),
         race_of_stable_losses(),
         race_of_batches(),
+        race_of_noise(),
         race("shuffled_epochs", epochs, permutations, lambda orders: torch.stack(orders).reshape(EPOCHS, -1, BATCH)),
     ]
 
@@ -140,6 +141,23 @@ def race_of_batches() -> Race:
     if ordered.min() < 0 or ordered.max() >= POPULATION or (ordered.diff(dim=1) == 0).any():
         raise AssertionError("a batch holds an example twice, or one that is not in the population")
     return race("sample_batches", batches, bare)
+
+
+def race_of_noise() -> Race:
+    """The noise of 300 batches of 32 out of 256 long gradients, against one matrix product that gives it."""
+    source = generator("batch_noise")
+    gradients = torch.randn((256, 20_000), generator=source, device=source.device)
+    drawn = gradient_noise.sample_batches(300, BATCH, 256, generator=source)
+    weights = torch.zeros((300, 256), device=source.device).scatter_(1, drawn, 1 / BATCH) - 1 / 256
+
+    def ours() -> torch.Tensor:
+        return gradient_noise.batch_noise(gradients, drawn)
+
+    def product() -> torch.Tensor:
+        return weights @ gradients
+
+    require_equal(ours(), product())
+    return Race("samplers", "batch_noise", ours, {"product": product}, at_most=2)
 
 
 def epochs(source: torch.Generator) -> torch.Tensor:
