@@ -21,7 +21,7 @@ def main() -> None:
     # Making the races compares their results, all of them before the first is timed.
     races = [race for module in modules if hasattr(module, "races") for race in module.races()]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread, float32, median of {options.rounds} rounds\n")
-    print(f"{'':40}{'ours':>10}  {'other':10}{'':>10}  {'ratio':>8}  target")
+    print(f"{'':40}{'ours':>10}  {'other':10}{'':>10}  {'ratio':>8}  {'peak memory':>19}  target")
     outcomes = []
     for race in races:
         for outcome in timing.run(race, options.rounds):
@@ -33,7 +33,10 @@ def main() -> None:
 def line(outcome: timing.Outcome) -> str:
     ours, other = (f"{1e3 * seconds:7.2f} ms" for seconds in (outcome.our_seconds, outcome.other_seconds))
     note = "" if outcome.met else ", missed"
-    return f"{outcome.race.case:40}{ours}  {outcome.other:10}{other}  {outcome.ratio:7.2f}x  {outcome.target}{note}"
+    peaks = (outcome.our_peak, outcome.other_peak)
+    memory = " ".join(f"{'?':>9}" if peak is None else f"{peak / 2**20:5.0f} MiB" for peak in peaks)
+    times = f"{outcome.race.case:40}{ours}  {outcome.other:10}{other}  {outcome.ratio:7.2f}x"
+    return f"{times}  {memory}  {outcome.target}{note}"
 
 
 def summary(outcomes: list[timing.Outcome]) -> str:

@@ -1,10 +1,13 @@
 """Races: one way of doing something against others, timed in turn."""
 
+import ctypes
+import gc
 import statistics
 import time
 import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -46,6 +49,8 @@ class Outcome:
     our_seconds: float
     other_seconds: float
     ratio: float  # the one that the target is about
+    our_peak: int | None  # bytes, as of peak_memory
+    other_peak: int | None
 
     @property
     def met(self) -> bool:
@@ -71,6 +76,7 @@ def run(race: Race, rounds: int) -> list[Outcome]:
     calls = {"": race.ours, **race.others}
     for call in calls.values():
         call()  # the first call pays for what is loaded, compiled or cached
+    peaks = {name: peak_memory(call) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -80,8 +86,30 @@ def run(race: Race, rounds: int) -> list[Outcome]:
     for name, theirs in seconds.items():
         over, under = (ours, theirs) if race.at_least is None else (theirs, ours)
         ratio = statistics.median(a / b for a, b in zip(over, under, strict=True))
-        outcomes.append(Outcome(race, name, statistics.median(ours), statistics.median(theirs), ratio))
+        outcomes.append(Outcome(race, name, *map(statistics.median, (ours, theirs)), ratio, peaks[""], peaks[name]))
     return outcomes
+
+
+def peak_memory(call: Call) -> int | None:
+    """Return by how many bytes the memory of the process grows at most during a call; None where Linux does not tell.
+
+    It is what the system hands out, whoever asks for it: PyTorch, NumPy or Python. Memory that is free but not yet
+    handed back is handed back first, so that it is counted again when it is used.
+    """
+    status, marks = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not marks.exists():
+        return None
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    marks.write_text("5")  # forget the highest memory so far
+    before = _kilobytes(status, "VmRSS")
+    call()
+    return 1024 * max(_kilobytes(status, "VmHWM") - before, 0)
+
+
+def _kilobytes(status: Path, name: str) -> int:
+    return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(name)))
 
 
 def require_equal(found: object, wanted: object) -> None:
