@@ -5,10 +5,11 @@ independent weights of mean zero. Its *weight scale* σ_w² is ``fan_in · Var(w
 ``VarianceScaling``; with 2 a ReLU network keeps its second moments, and ``torch.nn.init`` calls the root of it `gain`.
 """
 
-import html
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import brentq
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from helpers.lab import figures
 from helpers.lab.checks import (
@@ -26,14 +28,14 @@ from helpers.lab.checks import (
     require_same_device,
 )
 from helpers.lab.gaussian import Activation, product_expectation, second_moment, slope_moment
+from helpers.lab.tables import Table
+from helpers.lab.watch import Call, output_gradients, untouched, watch
 
 # So near to 1, χ cannot be told from 1.
 NEAR = 1e-6
 
-ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh)
-ACTIVATIONS += (nn.Sigmoid, nn.Hardtanh, nn.Identity)
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-RESHAPES = (nn.Flatten, nn.Unflatten)
+CONVOLUTIONAL = tuple(CONVOLUTIONS)
 
 
 # Closed forms
@@ -288,15 +290,15 @@ def fixed_variance(
     first = growth(start)
     if abs(first) < 1e-14 * start:
         return start
-    step = 2.0 if first > 0 else 0.5
-    near, far = start, start * step
+    rises = first > 0
+    near, far = start, start * 2.0 if rises else start * 0.5
     while growth(far) * first > 0:
-        near, far = far, far * step
-        if far > 1e9:
+        near, far = far, far * far / near
+        if rises and far > max(1e9, 1e9 * start):
             raise ValueError(f"the variance must stay bounded, got growth without end from {start} on")
-        if far < 1e-12:
+        if not rises and far < min(1e-12, 1e-12 * start):
             return 0.0
-    return brentq(growth, *sorted((near, far)), xtol=1e-15, rtol=1e-14)
+    return brentq(growth, *sorted((near, far)), xtol=sys.float_info.min, rtol=1e-14)
 
 
 def chi(activation: Activation, variance: float, *, weight_scale: float, correlation: float = 1.0) -> float:
@@ -387,9 +389,11 @@ def fixed_correlation(
         scales = {"weight_scale": weight_scale, "bias_variance": bias_variance}
         return correlation_map(activation, correlation, variance, **scales) - correlation
 
-    gap = 1e-12  # so near to 1 that nothing lies between, if the map is steeper than 1 there
-    while growth(1 - gap) >= 0:
+    gap = 1e-12
+    while growth(1 - gap) >= -2e-14:  # beyond rounding, the map must lie below 1 - gap if it is steeper than 1 there
         gap *= 2
+        if gap >= 1:
+            return 1.0
     return 0.0 if growth(0.0) <= 0 else brentq(growth, 0.0, 1 - gap, xtol=1e-15)
 
 
@@ -465,7 +469,10 @@ def edge_of_chaos(activation: Activation, variance: float) -> Scales:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Second moments at a layer's output: forward of its values, backward of the gradient by them."""
+    """Second moments at a layer's output: forward of its values, backward of the gradient by them.
+
+    What theory does not reach is NaN: fans and predictions of layers that do not multiply their inputs by a weight.
+    """
 
     name: str
     kind: str
@@ -484,9 +491,11 @@ class PropagationReport:
     Parameters
     ----------
     layers : tuple of LayerReport
-        From the input to the output.
+        In the order in which they ran.
     limit : float
-        A layer goes wrong where a second moment is more than `limit` times larger or smaller than where it started.
+        A layer goes wrong where a second moment is more than `limit` times larger or smaller than where the stack of
+        layers begins: forward at its first layer, backward at the last layer before the head. The head is not part of
+        the stack, since its size sets the scale of all gradients alike; it goes wrong if it is 0 or not finite.
     """
 
     layers: tuple[LayerReport, ...]
@@ -500,14 +509,17 @@ class PropagationReport:
     @property
     def first_bad_backward(self) -> str | None:
         """Name of the first layer, from the output on, whose gradients have left the limits; None if none has."""
-        return self._first_bad([(layer.name, layer.backward) for layer in reversed(self.layers)])
+        head, *stack = [(layer.name, layer.backward) for layer in reversed(self.layers)]
+        if not stack or not 0 < head[1] < math.inf:
+            return self._first_bad([head])
+        return self._first_bad(stack)
 
     def _first_bad(self, moments: list[tuple[str, float]]) -> str | None:
-        start = moments[0][1]
-        within = (start / self.limit, start * self.limit)
+        name, start = moments[0]
         if not 0 < start < math.inf:
-            return moments[0][0]
-        return next((name for name, moment in moments if not within[0] <= moment <= within[1]), None)
+            return name
+        low, high = start / self.limit, start * self.limit
+        return next((name for name, moment in moments if not low <= moment <= high), None)
 
     @property
     def verdict(self) -> str:
@@ -516,29 +528,17 @@ class PropagationReport:
         bad = [f"{what} first go wrong at layer {name}" for what, name in found if name is not None]
         return "; ".join(bad) if bad else f"all second moments stay within a factor of {self.limit:g}"
 
-    def _rows(self) -> list[list[str]]:
-        head = ["layer", "kind", "fan in", "fan out", "forward", "predicted", "backward", "predicted"]
-        rows = [
-            [layer.name, layer.kind, f"{layer.fan_in:.4g}", f"{layer.fan_out:.4g}"]
-            + [f"{x:.2g}" for x in (layer.forward, layer.predicted_forward, layer.backward, layer.predicted_backward)]
-            for layer in self.layers
-        ]
-        return [head, *rows]
+    @property
+    def table(self) -> Table:
+        """Everything measured beside everything predicted, a row for each layer; empty where theory does not reach."""
+        header = ["layer", "kind", "fan in", "fan out", "forward", "predicted", "backward", "predicted"]
+        return Table(header, [_row(layer) for layer in self.layers], note=self.verdict)
 
-    def __str__(self) -> str:
-        rows = self._rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([*lines, self.verdict])
-
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return repr(self.table)
 
     def _repr_html_(self) -> str:
-        head, *rows = [[html.escape(cell) for cell in row] for row in self._rows()]
-        cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-        table = f'<table class="claims"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>'
-        return f"{table}<p>{html.escape(self.verdict)}</p>"
+        return self.table._repr_html_()
 
     def figure(self) -> Figure:
         """Draw measured second moments as dots beside the predicted lines, forward and backward."""
@@ -553,18 +553,30 @@ class PropagationReport:
         return figure
 
 
+def _row(layer: LayerReport) -> list[str]:
+    theory = layer.fan_in, layer.fan_out, layer.predicted_forward, layer.predicted_backward
+    fan_in, fan_out, forward, backward = (None if math.isnan(x) else x for x in theory)
+    fans = ["" if x is None else f"{x:.4g}" for x in (fan_in, fan_out)]
+    moments = ["" if x is None else f"{x:.2g}" for x in (layer.forward, forward, layer.backward, backward)]
+    return [layer.name, layer.kind, *fans, *moments]
+
+
 def propagation_report(
-    model: nn.Sequential, inputs: torch.Tensor, *, generator: torch.Generator, limit: float = 100.0
+    model: nn.Module,
+    inputs: torch.Tensor | tuple[torch.Tensor, ...] | dict[str, torch.Tensor],
+    *,
+    generator: torch.Generator,
+    limit: float = 100.0,
 ) -> PropagationReport:
     """Measure how signals and gradients propagate through your network, beside what theory predicts.
 
     Parameters
     ----------
-    model : torch.nn.Sequential
-        Of linear and convolutional layers, activations that act entry by entry, ``Flatten`` and ``Unflatten``; may be
-        nested.
-    inputs : torch.Tensor, shape (B, ...)
-        A batch of your data, on the device of the model.
+    model : torch.nn.Module
+        Any; it is left as it was.
+    inputs : torch.Tensor, tuple or dict
+        A batch of your data, examples along dimension 0, on the device of the model: ``model(x)``, ``model(*inputs)``
+        or ``model(**inputs)``.
     generator : torch.Generator
         Draws the readout whose gradient is propagated: independent N(0, 1) weights of all outputs.
     limit : float
@@ -573,97 +585,220 @@ def propagation_report(
     Returns
     -------
     PropagationReport
-        For each linear and convolutional layer, mean squares over examples and units of its output and of the gradient
-        by it. Predictions start from the inputs' second moment and use of each layer only the mean squares of its
-        weights and biases; they hold for independent weights of mean zero and wide layers, and near the borders of an
-        image on average.
+        For each call of a layer with parameters, mean squares over examples and units of its output and of the gradient
+        by it. Costs two passes forward and two backward, and memory for the inputs and outputs of all layers.
+
+        Predictions are made for layers that did what ``F.linear`` or a convolution does with their weight; subclasses
+        that do something else are only measured. They use of each layer only the mean squares of its weights and
+        biases, and hold for independent weights of mean zero and wide layers; near the borders of an image on average.
+        As long as each layer's input is the output of the one before, or of functions that act on it entry by entry,
+        predictions are chained, forward from the inputs' second moment and backward from the readout's. Where the
+        chain breaks, as at a normalization layer, attention or a sum of branches, it begins anew: forward at the
+        measured second moment of the next layer's input, backward at the measured gradient of the chain's last layer.
 
     Raises
     ------
     ValueError
-        If the model holds a layer that is not known, or pads otherwise than with zeros; it is named. If the model has
-        no linear or convolutional layer, `limit` is not above 1, or the generator is on another device.
+        If inputs hold no example, lack the batch dimension or are not finite; if the model calls no layer with
+        parameters or has lazy ones; if `limit` is not above 1, or the generator is on another device.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 10))
+    >>> report = propagation_report(model, torch.ones(8, 50), generator=torch.Generator())
+    >>> [layer.name for layer in report.layers]
+    ['0', '2']
     """
     if not limit > 1:
         raise ValueError(f"limit must be above 1, got {limit}")
-    require_same_device(generator, inputs=inputs)
-    blocks = _blocks(model)
-    with torch.enable_grad():
-        outputs, last = _outputs(blocks, inputs)
-        readout = torch.randn(last.shape, generator=generator, dtype=last.dtype, device=last.device)
-        gradients = torch.autograd.grad((last * readout).sum(), [output for _, output in outputs])
-    fans = [_fans(block.layer, shape, output.shape) for block, (shape, output) in zip(blocks, outputs, strict=True)]
-    forward, slopes = _predict_forward(blocks, fans, _mean_square(inputs))
-    backward = _predict_backward(blocks, fans, slopes)
+    _require_batch(inputs, generator)
+    with untouched(model), torch.inference_mode(False), torch.enable_grad():
+        calls, output, readout = _run(model, inputs, generator)
+        gradients = output_gradients(_read(output, readout), calls)
+        links = [_link(call, gradient) for call, gradient in zip(calls, gradients, strict=True)]
+        predicted = _predictions(calls, links, gradients, output, readout)
     layers = [
         LayerReport(
-            block.name,
-            type(block.layer).__name__,
-            *fan,
-            _mean_square(output),
-            predicted_forward,
+            call.name,
+            type(call.layer).__name__,
+            *(link.fans or (math.nan, math.nan)),
+            _mean_square(call.output),
+            forward,
             _mean_square(gradient),
-            predicted_backward,
+            backward,
         )
-        for block, fan, (_, output), gradient, predicted_forward, predicted_backward in zip(
-            blocks, fans, outputs, gradients, forward, backward, strict=True
-        )
+        for call, link, gradient, (forward, backward) in zip(calls, links, gradients, predicted, strict=True)
+        if _has_parameters(call.layer)
     ]
+    if not layers:
+        raise ValueError("model must call a layer with parameters, got none")
     return PropagationReport(tuple(layers), limit)
 
 
-class _Block(NamedTuple):
-    """A layer with weights, and what acts between it and the next: reshapes and activations."""
-
-    name: str
-    layer: nn.Module
-    before: list[nn.Module]
-    after: list[nn.Module]
-
-    def activate(self, z: torch.Tensor) -> torch.Tensor:
-        for module in self.after:
-            if isinstance(module, ACTIVATIONS):
-                z = module(z)
-        return z
+# What a call did, as far as theory knows it
 
 
-def _blocks(model: nn.Module) -> list[_Block]:
-    blocks, before = [], []
-    for name, module in model.named_modules(remove_duplicate=False):  # one activation may serve many layers
-        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-            continue
-        if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-            if getattr(module, "padding_mode", "zeros") != "zeros":
-                raise ValueError(f"layer {name} must pad with zeros, got padding_mode {module.padding_mode!r}")
-            blocks.append(_Block(name, module, before if not blocks else [], []))
-        elif not isinstance(module, ACTIVATIONS + RESHAPES):
-            known = "linear and convolutional layers, activations, Flatten and Unflatten"
-            raise ValueError(f"layers must be {known}, got {type(module).__name__} at {name or 'the top'}")
-        elif blocks:
-            blocks[-1].after.append(module)
-        elif isinstance(module, RESHAPES):
-            before.append(module)
+class _Link(NamedTuple):
+    """A call that multiplied by a weight has fans, one that acted entry by entry a function, any other has neither."""
+
+    fans: tuple[float, float] | None = None
+    function: Activation | None = None
+    input_gradient: torch.Tensor | None = None  # what it hands on to the layer before
+
+
+def _run(
+    model: nn.Module, inputs: torch.Tensor | tuple | dict, generator: torch.Generator
+) -> tuple[list[Call], list[torch.Tensor], list[torch.Tensor]]:
+    """Return the calls of all layers, the floating-point tensors that the model returned, and a readout of them."""
+    with watch(model) as calls:
+        if isinstance(inputs, dict):
+            output = model(**inputs)
         else:
-            raise ValueError(f"the first layer must be linear or convolutional, got {type(module).__name__}")
-    if not blocks:
-        raise ValueError("model must hold a linear or convolutional layer, got none")
-    return blocks
+            output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    outputs = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    for call in calls:
+        dimensions = len(getattr(call.layer, "kernel_size", ())) + 2 if isinstance(call.layer, CONVOLUTIONAL) else 2
+        if isinstance(call.layer, (nn.Linear, *CONVOLUTIONAL)) and call.inputs[0].ndim < dimensions:
+            raise ValueError(
+                f"inputs must be a batch, with examples along dimension 0, got an input of shape "
+                f"{tuple(call.inputs[0].shape)} at layer {call.name}"
+            )
+    return calls, outputs, [torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) for x in outputs]
 
 
-def _outputs(blocks: list[_Block], inputs: torch.Tensor) -> tuple[list[tuple[torch.Size, torch.Tensor]], torch.Tensor]:
-    """Return each layer's input shape and output, and what the network returns."""
-    x, outputs = inputs, []
-    for block in blocks:
-        for module in block.before:
-            x = module(x)
-        shape, x = x.shape, block.layer(x)
-        if not x.requires_grad:
-            x.requires_grad_()
-        outputs.append((shape, x))
-        x = x.clone()  # an activation may work in place
-        for module in block.after:
-            x = module(x)
-    return outputs, x
+def _read(outputs: list[torch.Tensor], readout: list[torch.Tensor]) -> torch.Tensor:
+    return sum((output * weights).sum() for output, weights in zip(outputs, readout, strict=True))
+
+
+def _link(call: Call, gradient: torch.Tensor) -> _Link:
+    """Find out what a call did, by doing it again."""
+    if len(call.inputs) != 1 or len(call.outputs) != 1 or not call.inputs[0].is_floating_point():
+        return _Link()
+    x = call.inputs[0].clone().requires_grad_()
+    product = _product(call.layer, x)
+    if product is not None:
+        if not _same(product, call.output):
+            return _Link()
+        back = torch.autograd.grad(product, x, gradient)[0]
+        return _Link(_fans(call.layer, x.shape, product.shape), None, back)
+    if x.numel() == call.output.numel() and _same(x.flatten(), call.output.flatten()):
+        return _Link(None, nn.Identity(), gradient.reshape(x.shape))
+    return _entry_by_entry(call, x, gradient)
+
+
+def _product(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, layer.weight, layer.bias)
+    for kind, convolve in CONVOLUTIONS.items():
+        if isinstance(layer, kind) and layer.padding_mode == "zeros":
+            return convolve(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return None
+
+
+def _entry_by_entry(call: Call, x: torch.Tensor, gradient: torch.Tensor) -> _Link:
+    """Return the layer as a function if it gives the same for all entries in one row, in reverse."""
+    try:
+        row = call.layer(x.flatten().flip(0).clone())
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):  # a layer that needs its dimensions
+        return _Link()
+    if not isinstance(row, torch.Tensor) or row.shape != (x.numel(),) or call.output.shape != x.shape:
+        return _Link()
+    if not row.requires_grad or not _same(row.flip(0).reshape(x.shape), call.output):
+        return _Link()
+    back = torch.autograd.grad(row, x, gradient.flatten().flip(0))[0]
+    return _Link(None, call.layer, back)
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two tensors have the same entries, but for rounding."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    rounding = 1e3 * torch.finfo(expected.dtype).eps
+    finite = expected.detach()[torch.isfinite(expected)].abs()
+    size = finite.max().item() if finite.numel() else 0.0
+    return torch.allclose(found, expected, rtol=0.0, atol=rounding * size, equal_nan=True)
+
+
+# Predictions
+
+
+def _predictions(
+    calls: list[Call],
+    links: list[_Link],
+    gradients: list[torch.Tensor],
+    outputs: list[torch.Tensor],
+    readout: list[torch.Tensor],
+) -> list[tuple[float, float]]:
+    """Return for each call the second moments of its output and of the gradient by it, NaN where there is no theory."""
+    chained = [False] + [_hands_on(*pair) for pair in pairwise(zip(calls, links, gradients, strict=True))]
+    forward = [math.nan] * len(calls)
+    for k, link in enumerate(links):
+        if link.fans:
+            forward[k] = _predict_forward(k, calls, links, chained, forward)
+    last_is_output = len(outputs) == 1 and bool(calls) and _same(calls[-1].output.flatten(), outputs[0].flatten())
+    last_is_output = last_is_output and _same(gradients[-1].flatten(), readout[0].flatten())
+    backward = [math.nan] * len(calls)
+    for k in reversed(range(len(calls))):
+        if links[k].fans:
+            functions, behind = _followers(k, links, chained)
+            if behind < len(calls) and chained[behind] and links[behind].fans:
+                after = backward[behind]
+                after = _mean_square(gradients[behind]) if math.isnan(after) else after
+                arriving = links[behind].fans[1] * _mean_square(calls[behind].layer.weight) * after
+            else:
+                arriving = 1.0 if behind == len(calls) and last_is_output else math.nan
+            backward[k] = _moment(slope_moment, functions, forward[k], without=1.0) * arriving
+    return list(zip(forward, backward, strict=True))
+
+
+def _hands_on(first: tuple[Call, _Link, torch.Tensor], second: tuple[Call, _Link, torch.Tensor]) -> bool:
+    """Whether the second call took what the first gave, and nothing else did: the gradient says so."""
+    (before, _, gradient), (after, link, _) = first, second
+    if link.input_gradient is None or after.inputs[0].numel() != before.output.numel():
+        return False
+    values = _same(after.inputs[0].flatten(), before.output.detach().flatten())
+    return values and _same(link.input_gradient.flatten(), gradient.flatten())
+
+
+def _followers(k: int, links: list[_Link], chained: list[bool]) -> tuple[list[Activation], int]:
+    """Return the functions that act on what call k gave, and the number of the call behind them."""
+    behind = k + 1
+    while behind < len(links) and chained[behind] and links[behind].function is not None:
+        behind += 1
+    return [link.function for link in links[k + 1 : behind]], behind
+
+
+def _predict_forward(k: int, calls: list[Call], links: list[_Link], chained: list[bool], forward: list[float]) -> float:
+    """Return the second moment behind a layer: chained to the layer before, or else from its measured input."""
+    first = k
+    while chained[first] and links[first - 1].function is not None:
+        first -= 1
+    if chained[first] and links[first - 1].fans:
+        moment = _moment(second_moment, [link.function for link in links[first:k]], forward[first - 1])
+    else:
+        moment = _mean_square(calls[k].inputs[0])
+    layer = calls[k].layer
+    bias = 0.0 if layer.bias is None else _mean_square(layer.bias)
+    return links[k].fans[0] * _mean_square(layer.weight) * moment + bias
+
+
+def _moment(
+    of: Callable[[Activation, float], float], functions: list[Activation], variance: float, without: float | None = None
+) -> float:
+    """Return a moment behind functions of a normal variable, NaN where there is none; `without` any function."""
+    functions = [function for function in functions if not isinstance(function, nn.Identity)]
+    if not math.isfinite(variance):
+        return math.nan
+    if not functions:
+        return variance if without is None else without
+    try:
+        return of(nn.Sequential(*functions), variance)
+    except ValueError:  # too rough or too steep for quadrature
+        return math.nan
+
+
+def _has_parameters(layer: nn.Module) -> bool:
+    return next(layer.parameters(), None) is not None
 
 
 def _fans(layer: nn.Module, input_shape: torch.Size, output_shape: torch.Size) -> tuple[float, float]:
@@ -679,32 +814,17 @@ def _fans(layer: nn.Module, input_shape: torch.Size, output_shape: torch.Size) -
     return fan_in, layer.out_channels / layer.groups * links / math.prod(input_shape[2:])
 
 
-def _predict_forward(
-    blocks: list[_Block], fans: list[tuple[float, float]], moment: float
-) -> tuple[list[float], list[float]]:
-    """Return the variances of the outputs, and the mean squared derivatives of what acts on them."""
-    variances, slopes = [], []
-    for block, (fan_in, _) in zip(blocks, fans, strict=True):
-        bias = 0.0 if block.layer.bias is None else block.layer.bias.detach().double().square().mean().item()
-        variances.append(fan_in * _weight_moment(block.layer) * moment + bias)
-        known = math.isfinite(variances[-1])
-        moment = second_moment(block.activate, variances[-1]) if known else math.nan
-        slopes.append(chi(block.activate, variances[-1], weight_scale=1.0) if known else math.nan)
-    return variances, slopes
-
-
-def _predict_backward(blocks: list[_Block], fans: list[tuple[float, float]], slopes: list[float]) -> list[float]:
-    """Return the second moments of the gradients by the outputs, from a readout of second moment 1."""
-    found, arriving = [], 1.0
-    for block, (_, fan_out), slope in reversed(list(zip(blocks, fans, slopes, strict=True))):
-        found.append(slope * arriving)
-        arriving = fan_out * _weight_moment(block.layer) * found[-1]
-    return found[::-1]
-
-
-def _weight_moment(layer: nn.Module) -> float:
-    return _mean_square(layer.weight)
-
-
 def _mean_square(x: torch.Tensor) -> float:
     return x.detach().double().square().mean().item()
+
+
+# Rules
+
+
+def _require_batch(inputs: torch.Tensor | tuple | dict, generator: torch.Generator) -> None:
+    for x in tree_leaves(inputs):
+        require_same_device(generator, inputs=x)
+        if x.ndim == 0 or x.numel() == 0:
+            raise ValueError(f"inputs must hold at least one example, got shape {tuple(x.shape)}")
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            raise ValueError(f"inputs must be finite, got {x[~torch.isfinite(x)][0].item()}")

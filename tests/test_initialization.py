@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
-from scipy import integrate, stats
+from scipy import integrate, optimize, stats
 from torch import nn
 from torch.nn import functional as F
 
@@ -445,6 +445,29 @@ def test_fixed_variance_of_the_relu_solves_a_linear_equation():
 def test_fixed_variance_may_be_small_or_large(expected):
     found = fixed_variance(torch.relu, weight_scale=1.2, bias_variance=0.4 * expected)
     assert found == pytest.approx(expected, rel=1e-6 if expected < 1e-6 else 1e-12)
+
+
+@pytest.mark.parametrize("start", [1e-13, 1e-6, 1.0, 1e6, 1e10, 1e15])
+def test_limits_of_the_fixed_variance_hold_only_in_the_direction_of_the_iterations(start):
+    scales = {"weight_scale": 1.7}
+    found = fixed_variance(torch.tanh, **scales, start=start)
+    assert found == pytest.approx(1.7 * normal_mean(lambda z: math.tanh(math.sqrt(found) * z) ** 2), rel=1e-10)
+    assert found > 0.1
+    assert fixed_variance(torch.tanh, weight_scale=0.9, start=start) == 0
+
+
+@pytest.mark.parametrize("bias_variance", [1e-12, 1e-9, 1e-6, 1e-3])
+def test_fixed_correlation_just_above_zero_solves_the_arcsine_law(bias_variance):
+    scales = {"weight_scale": 4.0, "bias_variance": bias_variance}
+    v = fixed_variance(torch.erf, **scales)
+
+    def miss(c):
+        after = (4 * 2 / math.pi * math.asin(2 * v * c / (1 + 2 * v)) + bias_variance) / v
+        return after - c
+
+    expected = optimize.brentq(miss, 0.0, 0.9, xtol=1e-16)
+    assert 0 < expected < 0.1
+    assert fixed_correlation(torch.erf, v, **scales) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("miss", [-1e-6, -1e-9, 1e-9, 1e-6])

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from helpers.initialization import (
     LayerReport,
@@ -22,7 +23,9 @@ from helpers.initialization import (
     propagation_report,
     variance_map,
 )
-from helpers.lab.runtime import generator
+from helpers.lab.runtime import generator, seeded
+from helpers.lab.watch import is_leaf
+from tests.zoo import ZOO, apply, changes, fingerprint
 
 FALSE_ALARM = 1e-6
 
@@ -247,47 +250,6 @@ def test_report_changes_neither_model_nor_inputs_nor_the_global_generator():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-class OwnForward(nn.Sequential):
-    """Adds its inputs to its outputs, as a residual block does."""
-
-    def forward(self, x):
-        return x + super().forward(x)
-
-
-@pytest.mark.parametrize(
-    ("model", "rule"),
-    [
-        (
-            nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3))),
-            "layers must be linear and convolutional layers, activations, Flatten and Unflatten, "
-            "got BatchNorm1d at 1.1",
-        ),
-        (
-            nn.Sequential(nn.Linear(3, 3), OwnForward(nn.Linear(3, 3))),
-            "layers must be linear and convolutional layers, activations, Flatten and Unflatten, got OwnForward at 1",
-        ),
-        (
-            nn.ModuleList([nn.Linear(3, 3)]),
-            "layers must be linear and convolutional layers, activations, Flatten and Unflatten, "
-            "got ModuleList at the top",
-        ),
-        (
-            nn.Sequential(nn.Linear(3, 3), nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular")),
-            "layer 1 must pad with zeros, got padding_mode 'circular'",
-        ),
-        (
-            nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(3, 3)),
-            "the first layer must be linear or convolutional, got ReLU",
-        ),
-        (nn.Sequential(), "model must hold a linear or convolutional layer, got none"),
-        (nn.Sequential(nn.Flatten()), "model must hold a linear or convolutional layer, got none"),
-    ],
-)
-def test_report_names_what_it_does_not_know(model, rule):
-    with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
-        report(model, batch(6, 3).float())
-
-
 @pytest.mark.parametrize("limit", [1.0, 0.5, math.nan])
 def test_report_needs_a_limit_above_one(limit):
     with pytest.raises(ValueError, match=f"^limit must be above 1, got {limit}$"):
@@ -310,11 +272,11 @@ FINE = [1.0, 1.0, 1.0, 1.0]
     ("moments", "first", "first_backward"),
     [
         (FINE, None, None),
-        ([1.0, 100.0, 0.01, 1.0], None, None),
-        ([2.0, 200.0, 201.0, 2.0], "layer2", "layer2"),
-        ([2.0, 0.02, 0.0199, 2.0], "layer2", "layer2"),
-        ([1.0, 20.0, 400.0, 8000.0], "layer2", "layer1"),
-        ([8000.0, 400.0, 20.0, 1.0], "layer2", "layer1"),
+        ([1.0, 100.0, 0.01, 1.0], None, "layer1"),
+        ([2.0, 200.0, 201.0, 2.0], "layer2", "layer0"),
+        ([2.0, 0.02, 0.0199, 2.0], "layer2", "layer0"),
+        ([1.0, 20.0, 400.0, 8000.0], "layer2", "layer0"),
+        ([8000.0, 400.0, 20.0, 1.0], "layer2", "layer0"),
         ([1.0, math.nan, 1.0, 1.0], "layer1", "layer1"),
         ([1.0, math.inf, math.nan, 1.0], "layer1", "layer2"),
         ([math.nan] * 4, "layer0", "layer3"),
@@ -332,8 +294,13 @@ def test_the_first_layer_beyond_the_limits_is_named(moments, first, first_backwa
         assert backward.verdict == f"gradients first go wrong at layer {first_backward}"
 
 
+def test_the_size_of_the_head_is_no_alarm_for_gradients_unless_it_is_none():
+    assert made_up(FINE, [1.0, 1.0, 1.0, 1e6]).first_bad_backward is None
+    assert made_up(FINE, [1.0, 1.0, 1.0, 0.0]).first_bad_backward == "layer3"
+
+
 def test_verdict_speaks_of_both_directions():
-    both = made_up([1.0, 9.0], [1.0, 10.0], limit=8.0)
+    both = made_up([1.0, 9.0, 9.0], [1.0, 10.0, 10.0], limit=8.0)
     assert both.verdict == "values first go wrong at layer layer1; gradients first go wrong at layer layer0"
     assert made_up(FINE, FINE, limit=8.0).verdict == "all second moments stay within a factor of 8"
 
@@ -380,38 +347,169 @@ def test_report_of_a_network_that_has_diverged_names_the_layer(value):
     assert "nan" in str(found)
 
 
-def test_report_of_inputs_that_are_not_numbers_names_the_first_layer():
-    found = report(small_model(), batch(6, 3) * math.nan)
-    assert found.first_bad_forward == "0"
+BAD_INPUTS = [
+    (torch.full((6, 3), math.nan), "inputs must be finite, got nan"),
+    (torch.tensor([[1.0, -math.inf, 2.0]]), "inputs must be finite, got -inf"),
+    (torch.ones(0, 3), "inputs must hold at least one example, got shape (0, 3)"),
+    (torch.tensor(1.0), "inputs must hold at least one example, got shape ()"),
+    (
+        torch.ones(3),
+        "inputs must be a batch, with examples along dimension 0, got an input of shape (3,) at layer 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("inputs", "rule"), BAD_INPUTS)
+def test_inputs_that_are_no_batch_of_numbers_are_refused(inputs, rule):
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4))
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
+        report(model, inputs)
+    assert not changes(before, fingerprint(model))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Conv1d(3, 4, 3), (3, 16)), (nn.Conv2d(3, 4, 3), (3, 16, 16)), (nn.Conv3d(3, 4, 3), (3, 5, 5, 5))],
+)
+def test_an_image_without_a_batch_is_refused(layer, shape):
+    rule = f"inputs must be a batch, with examples along dimension 0, got an input of shape {shape} at layer 0"
+    with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
+        report(nn.Sequential(layer), torch.ones(shape))
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(), nn.Flatten(), nn.Sequential(nn.ReLU(), nn.Dropout(0.5))], ids=str)
+def test_a_model_without_parameters_is_refused(model):
+    with pytest.raises(ValueError, match=r"^model must call a layer with parameters, got none$"):
+        report(model, batch(6, 3))
+
+
+def test_lazy_layers_are_refused_until_they_have_a_shape():
+    problem = ZOO["lazy"].problem()
+    with pytest.raises(ValueError, match="call the model once"):
+        report(problem.model, problem.inputs)
+    apply(problem.model, problem.inputs)
+    assert len(report(problem.model, problem.inputs).layers) > 0
+
+
+# Any model: each measured figure is that of a plain pass, and the model is as it was
+
+WITHOUT_LAZY = {name: entry for name, entry in ZOO.items() if not entry.lazy}
+
+
+@pytest.mark.parametrize("name", WITHOUT_LAZY)
+def test_every_model_of_the_zoo_is_measured_and_left_alone(name):
+    problem = WITHOUT_LAZY[name].problem()
+    before = fingerprint(problem.model)
+    found = report(problem.model, problem.inputs)
+    assert not changes(before, fingerprint(problem.model))
+    assert all(math.isfinite(layer.forward) and math.isfinite(layer.backward) for layer in found.layers)
+
+    outputs, handles = [], []
+    leaves = [
+        module for module in problem.model.modules() if is_leaf(module) and any(True for _ in module.parameters())
+    ]
+    for module in leaves:
+        handles.append(
+            module.register_forward_hook(lambda _, __, out: outputs.append(tree_leaves(out)[0].square().mean().item()))
+        )
+    with torch.no_grad():
+        apply(problem.model, problem.inputs)
+    for handle in handles:
+        handle.remove()
+    assert [layer.forward for layer in found.layers] == pytest.approx(outputs, rel=1e-9, abs=1e-300)
+
+
+def test_what_a_layer_did_decides_and_not_its_type():
+    for name in ("subclass of Linear that halves", "equalized learning rate"):
+        problem = ZOO[name].problem()
+        found = report(problem.model, problem.inputs)
+        odd = [layer for layer in found.layers if layer.kind != "Linear"]
+        assert odd
+        assert all(math.isnan(layer.predicted_forward) and math.isnan(layer.predicted_backward) for layer in odd)
+        assert all(math.isnan(layer.fan_in) for layer in odd)
+
+
+def test_predictions_begin_anew_behind_what_theory_does_not_cover():
+    model = double(nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)))
+    inputs = batch(6, 3)
+    first, norm, second, last = report(model, inputs).layers
+    with torch.no_grad():
+        behind = model[:2](inputs)
+    w, b = model[2].weight.square().mean().item(), model[2].bias.square().mean().item()
+    assert second.predicted_forward == pytest.approx(5 * w * behind.square().mean().item() + b, rel=1e-10)
+    assert last.predicted_backward == pytest.approx(1, rel=1e-12)
+    assert math.isfinite(second.predicted_backward)
+    assert math.isnan(first.predicted_backward)
+    assert math.isnan(norm.predicted_forward)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.branch(x))
+
+
+def test_a_skip_connection_breaks_the_chain_backward_though_the_values_match():
+    model, inputs = double(Residual()), batch(6, 3)
+    stem, branch, head = report(model, inputs).layers
+    assert math.isnan(stem.predicted_backward)  # its gradient comes by two ways
+    w, b = model.head.weight.square().mean().item(), model.head.bias.square().mean().item()
+    with torch.no_grad():
+        stream = model.stem(inputs) + model.branch(model.stem(inputs))
+    assert head.predicted_forward == pytest.approx(4 * w * stream.square().mean().item() + b, rel=1e-10)
+    assert math.isfinite(branch.predicted_forward)
+
+
+def test_functions_called_in_a_forward_of_ones_own_are_not_guessed():
+    problem = ZOO["in place"].problem()
+    first, second = report(problem.model, problem.inputs).layers
+    assert math.isfinite(second.predicted_forward)
+    assert math.isnan(first.predicted_backward)
+
+
+@pytest.mark.parametrize("n_classes", [2, 10, 100])
+def test_a_default_head_behind_a_kaiming_stack_rings_no_alarm(n_classes):
+    with seeded("test.report.head"):
+        layers = [module for _ in range(6) for module in (nn.Linear(256, 256), nn.ReLU())]
+        model = nn.Sequential(*layers, nn.Linear(256, n_classes))
+        for layer in model[:-1:2]:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    found = report(model, batch(64, 256).float())
+    assert found.verdict == "all second moments stay within a factor of 100"
+
+
+@pytest.mark.parametrize("bad", [1, 2, 4])
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_a_single_bad_layer_rings_the_alarm(bad, factor):
+    model = deep_model(math.sqrt(he_variance(50)), depth=6)
+    with torch.no_grad():
+        model[2 * bad].weight *= factor
+    found = report(model, batch(40, 50).float())
+    assert found.first_bad_forward == str(2 * bad)
+    assert found.first_bad_backward == str(2 * bad - 2)
 
 
 def test_report_prints_a_table():
     layers = (
         LayerReport("body.0", "Conv2d", 27.0, 12.3456, 1234.5, 0.0123, 1e-9, 2.0),
-        LayerReport("7", "Linear", 3.0, 4.0, 1200.0, math.nan, 1.0, 1.0),
-    )
-    assert str(PropagationReport(layers, 100.0)) == (
-        " layer    kind  fan in  fan out  forward  predicted  backward  predicted\n"
-        "body.0  Conv2d      27    12.35  1.2e+03      0.012     1e-09          2\n"
-        "     7  Linear       3        4  1.2e+03        nan         1          1\n"
-        "gradients first go wrong at layer body.0"
-    )
-
-
-def test_report_shows_itself_as_an_html_table():
-    layers = (
-        LayerReport("<b>&", "Conv2d", 27.0, 12.3456, 1234.5, 0.0123, 1e-9, 2.0),
+        LayerReport("norm", "LayerNorm", math.nan, math.nan, 1.0, math.nan, 1.0, math.nan),
         LayerReport("7", "Linear", 3.0, 4.0, 1200.0, 5.0, 1.0, 1.0),
     )
-    text = PropagationReport(layers, 100.0)._repr_html_()
-    columns = ["layer", "kind", "fan in", "fan out", "forward", "predicted", "backward", "predicted"]
-    rows = re.findall(r"<tr>(.*?)</tr>", text)
-    assert re.findall(r'<th scope="col">(.*?)</th>', rows[0]) == columns
-    cells = [re.findall(r"<td>(.*?)</td>", row) for row in rows[1:]]
-    first = ["&lt;b&gt;&amp;", "Conv2d", "27", "12.35", "1.2e+03", "0.012", "1e-09", "2"]
-    assert cells == [first, ["7", "Linear", "3", "4", "1.2e+03", "5", "1", "1"]]
-    assert text.startswith('<table class="claims"><thead><tr>')
-    assert text.endswith("</table><p>gradients first go wrong at layer &lt;b&gt;&amp;</p>")
+    found = PropagationReport(layers, 100.0)
+    assert found.table.header == ["layer", "kind", "fan in", "fan out", "forward", "predicted", "backward", "predicted"]
+    assert found.table.rows == [
+        ["body.0", "Conv2d", "27", "12.35", "1.2e+03", "0.012", "1e-09", "2"],
+        ["norm", "LayerNorm", "", "", "1", "", "1", ""],
+        ["7", "Linear", "3", "4", "1.2e+03", "5", "1", "1"],
+    ]
+    assert repr(found).endswith("\n" + found.verdict)
+    assert found._repr_html_() == found.table._repr_html_()
 
 
 def test_figure_shows_what_was_measured_beside_what_was_predicted():
