@@ -1,7 +1,7 @@
 // The contents at the right mark the section that is being read, also where it is taller than the screen, which the
 // theme's scroll spy does not notice.
-document.body.removeAttribute("data-bs-spy");
 document.addEventListener("DOMContentLoaded", () => {
+  document.body.removeAttribute("data-bs-spy"); // before the spy starts, once the page is loaded
   const links = [...document.querySelectorAll("nav.page-toc a, .bd-toc-nav a")];
   const sections = links.map((link) => document.getElementById(decodeURIComponent(link.hash.slice(1))));
   let waiting = false;

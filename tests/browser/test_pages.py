@@ -340,6 +340,7 @@ def test_the_ledger_shows_all_columns_and_its_rows_are_linked(page):
 def test_search_finds_a_word_of_chapter_1(open_page):
     page = open_page("search.html?q=intraclass")
     page.wait_for_selector("#search-results li a")
+    page.wait_for_selector("#search-results .context")  # an excerpt
     assert any(
         "minibatch_loss" in link for link in page.locator("#search-results a").evaluate_all("a => a.map(x => x.href)")
     )
