@@ -42,15 +42,15 @@ CONVOLUTIONAL = tuple(CONVOLUTIONS)
 
 
 def preactivation_variance(
-    weight_variance: float, second_moment: float, fan_in: int, bias_variance: float = 0.0
-) -> float:
+    weight_variance: float, second_moment: float | np.ndarray, fan_in: int, bias_variance: float = 0.0
+) -> float | np.ndarray:
     """Return the variance of a preactivation, ``fan_in · Var(w) · E[a²] + Var(b)``.
 
     Parameters
     ----------
     weight_variance : float
         Var(w) of each weight; weights have mean zero, and are independent of each other and of the inputs.
-    second_moment : float
+    second_moment : float or array
         E[a²], the mean over the inputs. Their means and correlations do not matter.
     fan_in : int
         Number of inputs.
@@ -59,7 +59,7 @@ def preactivation_variance(
 
     Returns
     -------
-    float
+    float or array
         Claim ``initialization.preactivation_variance``.
 
     Raises
@@ -72,7 +72,7 @@ def preactivation_variance(
     return fan_in * weight_variance * second_moment + bias_variance
 
 
-def relu_mean(variance: float) -> float:
+def relu_mean(variance: float | np.ndarray) -> float | np.ndarray:
     """Return ``E[relu(z)] = √(v / 2π)`` for z ~ N(0, v). Claim ``initialization.relu_second_moment``.
 
     Raises
@@ -84,7 +84,7 @@ def relu_mean(variance: float) -> float:
     return np.sqrt(variance / (2 * np.pi))
 
 
-def relu_second_moment(variance: float) -> float:
+def relu_second_moment(variance: float | np.ndarray) -> float | np.ndarray:
     """Return ``E[relu(z)²] = v/2`` for z ~ N(0, v). Claim ``initialization.relu_second_moment``.
 
     Raises
@@ -96,7 +96,7 @@ def relu_second_moment(variance: float) -> float:
     return variance / 2
 
 
-def relu_variance(variance: float) -> float:
+def relu_variance(variance: float | np.ndarray) -> float | np.ndarray:
     """Return ``Var(relu(z)) = v (1/2 - 1/2π)`` for z ~ N(0, v). Claim ``initialization.relu_second_moment``.
 
     Raises
@@ -417,6 +417,13 @@ def depth_scale(
     ------
     ValueError
         If the signal dies or grows without bound, or an argument is out of range.
+
+    Examples
+    --------
+    >>> round(depth_scale(torch.tanh, weight_scale=1.2, bias_variance=0.1), 2)
+    3.93
+    >>> depth_scale(torch.relu, weight_scale=2.0)
+    inf
     """
     scales = {"weight_scale": weight_scale, "bias_variance": bias_variance}
     variance = fixed_variance(activation, **scales, start=start)
@@ -453,6 +460,12 @@ def edge_of_chaos(activation: Activation, variance: float) -> Scales:
     ------
     ValueError
         If `variance` is not positive, or σ_b² would be negative: then no network is critical there.
+
+    Examples
+    --------
+    >>> weight_scale, bias_variance = edge_of_chaos(torch.tanh, 0.5)
+    >>> round(weight_scale, 4), round(bias_variance, 4)
+    (1.688, 0.038)
     """
     require_positive(variance=variance)
     weight_scale = 1 / chi(activation, variance, weight_scale=1.0)

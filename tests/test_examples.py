@@ -22,9 +22,6 @@ TOOLS = re.findall(r"{py:func}`~?([\w.]+)`", TOOLBOX.read_text(encoding="utf-8")
 
 # Their docstrings still lack an example; a name goes from here when it has one.
 PENDING = {
-    "helpers.initialization.depth_scale",
-    "helpers.initialization.edge_of_chaos",
-    "helpers.initialization.propagation_report",
     "helpers.lab.watch.output_gradients",
 }
 

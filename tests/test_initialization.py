@@ -404,7 +404,8 @@ def test_variance_map_scales_and_adds():
 
 def test_maps_leave_no_trace_in_autograd_and_work_without_it():
     with torch.no_grad():
-        assert chi(torch.tanh, 1.3, weight_scale=1.7) == chi(torch.tanh, 1.3, weight_scale=1.7)
+        expected = 1.7 * normal_mean(lambda z: math.cosh(math.sqrt(1.3) * z) ** -4)
+        assert chi(torch.tanh, 1.3, weight_scale=1.7) == pytest.approx(expected, rel=1e-10)
     assert type(chi(torch.tanh, 1.3, weight_scale=1.7)) is float
     assert type(second_moment(torch.tanh, 1.3)) is float
 
@@ -586,6 +587,23 @@ def test_depth_scale_without_bias_in_the_chaotic_phase_uses_the_slope_at_zero():
     variance = fixed_variance(torch.erf, weight_scale=4.0)
     slope = 4.0 * 4 / math.pi / (1 + 2 * variance)
     assert depth_scale(torch.erf, weight_scale=4.0) == pytest.approx(-1 / math.log(slope), rel=1e-9)
+
+
+def test_depth_scale_has_no_bias_and_starts_at_one_unless_told():
+    slope = 4.0 * 4 / math.pi / (1 + 2 * fixed_variance(torch.erf, weight_scale=4.0, start=1.0))
+    assert depth_scale(torch.erf, weight_scale=4.0) == pytest.approx(-1 / math.log(slope), rel=1e-9)
+    assert depth_scale(torch.erf, weight_scale=4.0, bias_variance=0.1) != pytest.approx(-1 / math.log(slope), rel=0.01)
+    # Signals of a variance below this one die, those above it live.
+    watershed = optimize.brentq(lambda v: variance_map(bistable, v, weight_scale=6.0) / v - 1, 0.5, 1.0)
+
+    def with_watershed(variance):
+        scale = math.sqrt(variance / watershed)
+        return lambda z: scale * bistable(z / scale)
+
+    assert fixed_variance(torch.relu, weight_scale=2.0) == 1.0
+    assert depth_scale(with_watershed(0.99), weight_scale=6.0) > 0
+    with pytest.raises(ValueError, match=r"^fixed_variance must be positive"):
+        depth_scale(with_watershed(1.01), weight_scale=6.0)
 
 
 def test_depth_scale_is_infinite_at_the_edge_of_chaos():

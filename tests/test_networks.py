@@ -92,6 +92,19 @@ def test_propagate_equals_a_loop_of_networks_with_the_same_draws(mode, bias_vari
     torch.testing.assert_close(torch.stack(found), torch.stack(expected, dim=1), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("function", [preactivations, propagate])
+def test_networks_are_relu_by_fan_in_without_biases_unless_told(function):
+    given = {"weight_scale": 1.7, "bias_variance": 0.0, "mode": "fan_in", "activation": torch.relu}
+    found, expected = (
+        function(batch(6, 2), WIDTHS, n_networks=3, **options, generator=generator("test.defaults"))
+        for options in ({"weight_scale": 1.7}, given)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for other in ({"bias_variance": 0.3}, {"mode": "fan_out"}, {"activation": torch.tanh}):
+        changed = function(batch(6, 2), WIDTHS, n_networks=3, **(given | other), generator=generator("test.defaults"))
+        assert not torch.equal(changed[-1], expected[-1])
+
+
 def test_gradients_of_propagate_equal_finite_differences():
     inputs, step = batch(3, 2), 1e-6
     found = propagate(

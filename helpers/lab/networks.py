@@ -56,7 +56,9 @@ def preactivations(
     Returns
     -------
     list of torch.Tensor, shapes (R, B, n_l)
-        The preactivations of each layer, connected by autograd.
+        The preactivations of each layer, connected by autograd, in the dtype of `inputs`. Weights are drawn in single
+        precision, also for float64: that takes a quarter of the time (5 for 22 ms a million on a CPU), and their 24
+        bits end at 5.77 standard deviations, where 3e-6 of the fourth moment are missing.
 
     Raises
     ------
@@ -124,7 +126,7 @@ def propagate(
 
 
 def _normal(shape: Sequence[int], like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw standard normal numbers, with 24 bits: a CPU draws doubles at a quarter of the speed."""
+    """Draw standard normal numbers with 24 bits, in the dtype of `like`."""
     return torch.randn(shape, generator=generator, device=like.device, dtype=torch.float32).to(like.dtype)
 
 
