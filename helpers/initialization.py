@@ -599,7 +599,8 @@ def propagation_report(
     -------
     PropagationReport
         For each call of a layer with parameters, mean squares over examples and units of its output and of the gradient
-        by it. Costs two passes forward and two backward, and memory for the inputs and outputs of all layers.
+        by it. Costs two passes forward and two backward, a copy of the model, memory for the inputs and outputs of all
+        layers, and for each prediction two quadratures, of milliseconds or tens of them at kinks.
 
         Predictions are made for layers that did what ``F.linear`` or a convolution does with their weight; subclasses
         that do something else are only measured. They use of each layer only the mean squares of its weights and
