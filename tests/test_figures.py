@@ -175,6 +175,43 @@ def test_simulation_may_have_another_color_and_marker():
     assert (dots.get_color(), dots.get_marker()) == (figures.DATA, "s")
 
 
+def test_a_curve_may_have_its_label_at_its_end():
+    fig, ax = figures.axes()
+    figures.theory(ax, np.array([1.0, 2.0]), np.array([2.0, 4.0]), label="floor", color=figures.DATA, label_at_end=True)
+    fig.canvas.draw()
+    (text,) = ax.texts
+    assert (text.get_text(), text.xy, text.get_color()) == ("floor", (2, 4), figures.DATA)
+    assert ax.get_legend_handles_labels() == ([], [])
+    beside = text.get_window_extent()
+    assert ax.transData.transform((2, 4))[0] < beside.x0
+    assert beside.x1 <= fig.bbox.x1  # the layout makes room for it
+
+
+CUT = Estimate([2.0, 4.0, 8.0], [0.5, 2.0, 5.0], 100, 0.0)  # the second bar reaches 0, the third one less
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_bars_that_reach_zero_end_at_a_logarithmic_axis_with_a_mark(before):
+    fig, ax = figures.axes()
+    if before:
+        ax.set_yscale("log")
+    figures.simulation(ax, np.array([1.0, 2.0, 3.0]), CUT, color=figures.DATA)
+    if not before:
+        figures.log_log(ax, ticks=[1, 2, 3], xlabel="x", ylabel="y")
+    fig.canvas.draw()
+    (marks,) = [line for line in ax.lines if line.get_marker() == "v"]
+    feet = marks.get_transform().transform(marks.get_xydata())
+    np.testing.assert_allclose(feet[:, 0], [ax.transData.transform((x, 1))[0] for x in (2, 3)])
+    np.testing.assert_allclose(feet[:, 1], ax.bbox.y0)
+    assert marks.get_color() == figures.DATA
+
+
+def test_bars_on_a_linear_axis_have_no_mark():
+    _, ax = figures.axes()
+    figures.simulation(ax, np.array([1.0, 2.0, 3.0]), CUT)
+    assert not [line for line in ax.lines if line.get_marker() == "v"]
+
+
 def test_dots_lie_over_lines():
     _, ax = figures.axes()
     figures.simulation(ax, np.array([1.0, 2.0, 3.0]), ESTIMATE)

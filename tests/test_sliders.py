@@ -31,6 +31,15 @@ def test_a_curve_may_have_another_color_and_dashes():
     assert trace["line"] == {"color": figures.DATA, "dash": "dot"}
 
 
+@pytest.mark.parametrize(
+    ("y", "side"), [([3.0, 4.0], "top left"), ([3.0, 3.0], "top left"), ([4.0, 3.0], "bottom left")]
+)
+def test_a_curve_may_have_its_name_at_its_end(y, side):
+    trace = sliders.curve([1, 2], y, name="floor", color=figures.DATA, name_at_end=True)
+    assert (trace["mode"], trace["text"], trace["textposition"]) == ("lines+text", ["", "floor"], side)
+    assert trace["textfont"] == {"color": figures.DATA}
+
+
 def test_points_have_bars_of_two_standard_errors():
     trace = sliders.points([1, 2, 3], ESTIMATE, name="simulated")
     assert (trace["x"], list(trace["y"])) == ([1, 2, 3], [2, 4, 8])
@@ -69,6 +78,93 @@ def test_a_logarithmic_axis_refuses_ends_that_it_cannot_have(low, high):
         sliders.log_axis("x", low, high)
 
 
+# Sliders and buttons
+
+
+@pytest.mark.parametrize(
+    "labels", [["1", "16"], ["none", "10 %"], ["-1", "∞"], ["1e-3"], ["layer 2", "layer 3"], [".5"], ["(0, 1)"]]
+)
+def test_positions_with_numbers_are_those_of_a_slider(labels):
+    assert not Slider("x", labels).is_choice
+
+
+@pytest.mark.parametrize("labels", [["ReLU", "tanh"], ["L1", "L2"], ["ResNet-18", "VGG-16"], ["none", "half"]])
+def test_positions_with_names_are_a_choice(labels):
+    assert Slider("x", labels).is_choice
+
+
+def test_a_choice_is_stored_as_such():
+    figure = slider_figure(sliders=[Slider("law", ["normal", "uniform"]), Slider("se", ["1", "2", "3"])])
+    choice, slider = figure.figure["layout"]["sliders"]
+    assert choice["name"] == "buttons"
+    assert "name" not in slider
+
+
+AXES = [{"yaxis": sliders.log_axis("y", 1, 10)}, {"yaxis": sliders.log_axis("y", 1, 1000)}]
+
+
+def test_a_position_may_have_axes_of_its_own():
+    figure = slider_figure(sliders=[Slider("ρ", ["0", "0.5"], 1, axes=AXES), Slider("se", ["a", "b", "c"])])
+    layout = figure.figure["layout"]
+    assert layout["yaxis"]["range"] == [0, 3]
+    ranges = [step["args"][1]["yaxis"]["range"] for step in layout["sliders"][0]["steps"]]
+    assert ranges == [[0, 1], [0, 3]]
+    assert all(step["args"][1] == {} for step in layout["sliders"][1]["steps"])
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (AXES[:1], "p has 2 positions, got axes for 1"),
+        ([AXES[0], {"xaxis": {}}], "p must have the same axes at each position, got [['yaxis'], ['xaxis']]"),
+    ],
+)
+def test_axes_are_refused_that_would_stay_behind(axes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Slider("p", ["a", "b"], axes=axes)
+
+
+def test_two_sliders_do_not_move_one_axis():
+    with pytest.raises(ValueError, match=re.escape("one slider alone may change an axis, got ['yaxis'] twice")):
+        slider_figure(sliders=[Slider("ρ", ["0", "0.5"], axes=AXES), Slider("se", list("abc"), axes=[*AXES, AXES[0]])])
+
+
+# Error bars on a logarithmic axis
+
+
+def cut_bars(**changes):
+    """Points whose second bar reaches 0 and third one less; the first is left whole."""
+    estimates = Estimate([2.0, 4.0, 8.0], [0.5, 2.0, 5.0], 100, 0.0)
+    dots = sliders.points([1, 2, 3], estimates, name="simulated", color=figures.DATA)
+    given = {"traces": [(dots, (1,))], "sliders": [Slider("p", ["1", "2"])], "alt": "Dots."}
+    return SliderFigure(**given | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layout": {"yaxis": sliders.log_axis("y", 1, 10)}},
+        {"layout": {}, "sliders": [Slider("p", ["1", "2"], axes=AXES)]},
+    ],
+)
+def test_bars_that_reach_zero_end_at_a_logarithmic_axis_with_a_mark(changes):
+    figure = cut_bars(**changes)
+    layout = figure.figure["layout"]
+    marks = figure.figure["data"][1]
+    assert (marks["x"], marks["y"], marks["yaxis"]) == ([2, 3], [0, 0], "y2")
+    assert marks["marker"] == {"color": figures.DATA, "symbol": "triangle-down", "size": 9}
+    # The foot of the plot, whatever the range of the axis with the dots.
+    assert (layout["yaxis2"]["overlaying"], layout["yaxis2"]["range"]) == ("y", [0, 1])
+    assert [shown(figure, position) for position in (0, 1)] == [[2], [0, 1, 2]]  # 2 is the legend's entry
+
+
+@pytest.mark.parametrize("yaxis", [{}, {"type": "linear"}])
+def test_bars_on_a_linear_axis_have_no_mark(yaxis):
+    figure = cut_bars(layout={"yaxis": yaxis})
+    assert len(figure.figure["data"]) == 2
+    assert "yaxis2" not in figure.figure["layout"]
+
+
 # The figure
 
 
@@ -91,11 +187,11 @@ def shown(figure, *positions):
     """Indices of the traces that Plotly shows once its sliders have been moved to these positions."""
     data = [dict(trace) for trace in figure.figure["data"]]
     for slider, position in zip(figure.figure["layout"]["sliders"], positions, strict=True):
-        (change,) = slider["steps"][position]["args"]
+        change, _ = slider["steps"][position]["args"]
         for attribute, values in change.items():
             for trace, value in zip(data, values, strict=True):
                 trace[attribute] = value
-    return [k for k, trace in enumerate(data) if trace["visible"] and trace["opacity"]]
+    return [k for k, trace in enumerate(data) if trace["visible"] and trace.get("opacity", 1)]
 
 
 def test_a_trace_shows_where_both_sliders_say_so():
@@ -114,7 +210,7 @@ def test_a_slider_figure_starts_where_its_sliders_stand():
     figure = slider_figure()
     standing = [slider["active"] for slider in figure.figure["layout"]["sliders"]]
     assert standing == [0, 2]
-    started = [k for k, trace in enumerate(figure.figure["data"]) if trace["visible"] and trace["opacity"]]
+    started = [k for k, trace in enumerate(figure.figure["data"]) if trace["visible"] and trace.get("opacity", 1)]
     assert started == shown(figure, *standing)
 
 
@@ -184,6 +280,12 @@ def test_the_legend_has_one_entry_a_name_with_the_looks_of_the_first():
     assert entries[0]["line"] == {"color": figures.THEORY, "dash": "solid"}
     assert entries[1]["marker"] == {"color": figures.SIMULATION}
     assert entries[2]["line"]["dash"] == "dash"
+
+
+def test_a_name_at_its_curve_is_not_in_the_legend():
+    curves = [(sliders.curve([1, 2], [1.0, 2.0], name=name, name_at_end=name == "a"), (None,)) for name in "ab"]
+    figure = SliderFigure(curves, sliders=[Slider("p", ["1", "2"])], layout={}, alt="Lines.")
+    assert [trace["name"] for trace in figure.figure["data"] if trace.get("showlegend", True)] == ["b"]
 
 
 def test_entries_of_the_legend_hold_no_data_and_show_wherever_the_sliders_stand():

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from docutils import nodes
+from PIL import Image
 
 from claim_rows import GroupClaims
 from folds import FoldCells, depart_fold, fold, visit_fold
@@ -18,6 +19,8 @@ PLAIN_CODE = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')
 # Browsers would begin a line with the comma behind a formula.
 FORMULA_AND_MARK = re.compile(r'(<span class="math [^>]*>[^<]*</span>[,.;:!?)]+)')
 FIGURE = re.compile(r'(<div class="slider-figure"[^>]*)(><script[^>]*>)(.*?)(?=</script>)', re.DOTALL)
+PICTURE = re.compile(r'<img ([^>]*src="[^"]*_images/([^"/]+\.png)")')
+DOTS_PER_PIXEL = 2  # at which the 11 points of a figure's text are 11 pixels
 
 # What the theme offers once it knows where the book's repository is.
 REPOSITORY_BUTTONS = {
@@ -60,6 +63,8 @@ def polish_text(app, pagename, templatename, context, doctree):
     body = context.get("body", "").replace(' role="list"', "")
     body = FORMULA_AND_MARK.sub(r'<span class="unbroken">\1</span>', body)
     body = FIGURE.sub(_reserve, body)
+    sources = {name: source for source, name in app.builder.images.items()}
+    body = PICTURE.sub(lambda found: _with_size(found, Path(app.srcdir) / sources[found[2]]), body)
     # A third of a chapter's weight.
     context["body"] = PLAIN_CODE.sub(r"\1", body)
 
@@ -70,6 +75,14 @@ def _reserve(figure):
     layout = json.loads(data)["layout"]
     style = f"--plot-height: {layout['height']}px; --sliders: {len(layout['sliders'])}"
     return f'{start} style="{style}"{script}{data}'
+
+
+def _with_size(found, source):
+    """Say how large a picture is, so that nothing moves when it comes, and how wide on a phone."""
+    with Image.open(source) as picture:
+        width, height = picture.size
+    style = f"--readable-width: {width / DOTS_PER_PIXEL:g}px"
+    return f'<img width="{width}" height="{height}" style="{style}" {found[1]}'
 
 
 def finish(app, exception):

@@ -17,6 +17,7 @@ from IPython.core.pylabtools import print_figure
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
@@ -68,11 +69,24 @@ def log_log(ax: Axes, *, ticks: Sequence[int], xlabel: str, ylabel: str) -> None
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(NullLocator())
+    for bars in [drawn for drawn in ax.containers if isinstance(drawn, ErrorbarContainer)]:
+        _mark_bars_below_zero(ax, bars)
 
 
-def theory(ax: Axes, x: np.ndarray, y: np.ndarray, *, label: str | None = None, color: str = THEORY) -> None:
-    """Draw what a formula says: a line."""
-    ax.plot(x, y, color=color, label=label, zorder=1)
+def theory(
+    ax: Axes,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    label: str | None = None,
+    color: str = THEORY,
+    label_at_end: bool = False,
+) -> None:
+    """Draw what a formula says: a line, with its label in the legend or beside its last point."""
+    ax.plot(x, y, color=color, label=None if label_at_end else label, zorder=1)
+    if label_at_end:
+        beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        ax.annotate(label, (x[-1], y[-1]), color=color, **beside)
 
 
 def simulation(
@@ -84,10 +98,13 @@ def simulation(
     color: str = SIMULATION,
     marker: str = "o",
 ) -> None:
-    """Draw estimates as dots with bars of two standard errors; pass ``color=DATA`` for a real network."""
+    """Draw estimates as dots with bars of two standard errors; pass ``color=DATA`` for a real network.
+
+    Where a bar reaches zero or less it ends at a logarithmic axis with a triangle.
+    """
     if not isinstance(estimates, Estimate):
         estimates = stack(estimates)
-    ax.errorbar(
+    bars = ax.errorbar(
         x,
         estimates.value,
         yerr=2 * estimates.stderr,
@@ -99,6 +116,17 @@ def simulation(
         capsize=2,
         zorder=2,
     )
+    if ax.get_yscale() == "log":
+        _mark_bars_below_zero(ax, bars)
+
+
+def _mark_bars_below_zero(ax: Axes, bars: ErrorbarContainer) -> None:
+    """Draw a triangle at the foot of the plot for each bar that a logarithmic axis cuts off."""
+    dots, _, (strokes,) = bars
+    feet = [stroke[0, 0] for stroke in strokes.get_segments() if stroke[0, 1] <= 0]
+    if feet:
+        mark = {"marker": "v", "markersize": 6, "linestyle": "none", "clip_on": False}
+        ax.plot(feet, [0] * len(feet), color=dots.get_color(), transform=ax.get_xaxis_transform(), **mark)
 
 
 def description(figure: Figure) -> str:
