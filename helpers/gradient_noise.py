@@ -389,7 +389,7 @@ def two_batch_noise_scale(
         raise ValueError(f"small_batch_size must be below {large_batch_size}, got {small_batch_size}")
     if population_size is not None:
         _require_sizes(large_batch_size, population_size)
-    small, large = (norms.detach().to("cpu", torch.float64) for norms in (small, large))
+    small, large = (norms.detach().cpu().double() for norms in (small, large))
     _require_noise(small - large)
     traces = (small - large) / (1 / small_batch_size - 1 / large_batch_size)
     return _of_rows(traces, large - traces / large_batch_size, population_size, "pairs of batches").estimate()
@@ -495,7 +495,7 @@ class NoiseScaleAccumulator:
         return self._ratio().interval(level)
 
     def _ratio(self) -> "_Ratio":
-        rows = torch.tensor(self._pairs, dtype=torch.float64, device="cpu").reshape(-1, 2)
+        rows = torch.from_numpy(np.array(self._pairs, dtype=np.float64).reshape(-1, 2))
         return _of_rows(*rows.unbind(1), self._population_size, "steps")
 
     def _forget_step(self) -> None:
@@ -662,7 +662,7 @@ def noise_scale_report(
             own = rows[:, part]  # (n, p)
             found[layer].append(torch.stack([own.square().sum(1), own @ direction[part]], dim=1))
     lines = [
-        _line(layer, direction[part], torch.cat(found[layer]).to("cpu", torch.float64), groups.trace_of_square(part))
+        _line(layer, direction[part], torch.cat(found[layer]).cpu().double(), groups.trace_of_square(part))
         for layer, part in columns.items()
     ]
     header = ["layer", "parameters", "tr S", "|∇L|²", "noise scale", "95 % interval"]
@@ -779,7 +779,7 @@ def _norms_and_products(
     data = model, loss, batch.inputs, batch.targets
     squares = per_sample_squared_norms(*data, chunk_size=chunk_size)
     along = per_sample_products(*data, direction=mean, chunk_size=chunk_size)
-    return torch.stack([squares, along], dim=1).to("cpu", torch.float64)
+    return torch.stack([squares, along], dim=1).cpu().double()
 
 
 def _joined(batches: Iterator[Batch]) -> Iterator[Batch]:
