@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy import special, stats
 from scipy.optimize import brentq
 from torch import nn
 from torch.nn import functional as F
@@ -227,6 +228,42 @@ def deep_excess_kurtosis(widths: Sequence[int]) -> float:
     Parameters and errors are those of :func:`norm_fluctuation`. Claim ``initialization.gaussian_preactivation``.
     """
     return 3 * (norm_fluctuation(widths) - 1)
+
+
+def log_growth(fan_in: int, width: int) -> float:
+    """Return the mean of ``ln(|h_l|² / |h_{l-1}|²)`` in a ReLU layer: how much a typical network loses.
+
+    Parameters
+    ----------
+    fan_in : int
+        n_{l-1}, number of inputs; their values do not matter.
+    width : int
+        n_l, number of units. Each is open with probability 1/2, and of k open units the sum of squares is
+        ``2 |h_{l-1}|² / fan_in`` times a chi-square variable.
+
+    Returns
+    -------
+    float
+        ``Σ_k Bin(width, ½)(k) [ψ(k/2) + ln(4 / fan_in)] / (1 - 2^-width)``, over Gaussian weights of He's variance,
+        without biases, and over layers in which some unit is open. Near ``-5 / (2 width)`` for wide layers of equal
+        width. Claim ``initialization.log_growth``.
+
+    Raises
+    ------
+    ValueError
+        If a count is below 1.
+
+    Examples
+    --------
+    Behind thirty layers of 64 units a typical network has a third of the mean over all networks:
+
+    >>> round(math.exp(30 * log_growth(64, 64)), 2)
+    0.3
+    """
+    require_at_least_one(fan_in=fan_in, width=width)
+    open_units = np.arange(1, width + 1)
+    probabilities = stats.binom.pmf(open_units, width, 0.5) / (1 - 0.5**width)
+    return float(probabilities @ (special.digamma(open_units / 2) + math.log(4 / fan_in)))
 
 
 # Mean-field maps: networks of infinite width, whose preactivations are normal

@@ -28,6 +28,7 @@ from helpers.initialization import (
     fixed_variance,
     glorot_variance,
     he_variance,
+    log_growth,
     norm_fluctuation,
     preactivation_excess_kurtosis,
     preactivation_variance,
@@ -215,6 +216,24 @@ def test_one_hidden_layer_of_normal_variables_has_the_kurtosis_of_independent_in
     assert deep_excess_kurtosis([40]) == pytest.approx(preactivation_excess_kurtosis(6.0, 40), rel=1e-12)
 
 
+@pytest.mark.parametrize(("fan_in", "width"), [(3, 1), (2, 2), (5, 4), (7, 9)])
+def test_log_growth_equals_the_mean_over_all_patterns_of_open_units(fan_in, width):
+    # Of z ~ N(0, 2/fan_in) for |h| = 1; the logarithm of a sum of k squares by quadrature over its density.
+    logs = [stats.chi2(k, scale=2 / fan_in).expect(np.log) for k in range(1, width + 1)]
+    patterns = [sum(pattern) for pattern in itertools.product((0, 1), repeat=width)]
+    expected = np.mean([logs[k - 1] for k in patterns if k > 0])
+    assert log_growth(fan_in, width) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize(("width", "published"), [(5, -0.623), (8, -0.399), (20, -0.137)])
+def test_log_growth_of_equal_widths(width, published):
+    assert log_growth(width, width) == pytest.approx(published, abs=5e-4)
+
+
+def test_a_wide_layer_loses_five_over_twice_its_width():
+    assert log_growth(100_000, 100_000) == pytest.approx(-2.5e-5, rel=1e-3)
+
+
 @pytest.mark.parametrize("function", [norm_fluctuation, deep_excess_kurtosis])
 def test_fluctuations_take_any_sequence_and_return_a_number(function):
     assert function(np.array([4, 8])) == function((4, 8)) == function([4, 8])
@@ -244,6 +263,8 @@ def test_fluctuations_take_any_sequence_and_return_a_number(function):
         (lambda: preactivation_excess_kurtosis(6.0, 0), "fan_in must be at least 1, got 0"),
         (lambda: norm_fluctuation([3, 0]), "widths must be at least 1, got [3 0]"),
         (lambda: deep_excess_kurtosis([-3]), "widths must be at least 1, got [-3]"),
+        (lambda: log_growth(0, 3), "fan_in must be at least 1, got 0"),
+        (lambda: log_growth(3, 0), "width must be at least 1, got 0"),
     ],
 )
 def test_closed_forms_refuse_what_is_impossible(call, rule):
@@ -734,6 +755,15 @@ def test_fluctuations_of_random_networks_are_those_of_finite_width():
     relative = (found.activations / inputs.square().mean()).square()
     expected = [norm_fluctuation(widths[: layer + 1]) for layer in range(3)]
     assert is_standard_normal(z_score(relative, expected))
+
+
+def test_norms_of_random_networks_grow_by_the_log_growth():
+    z = preactivations(
+        batch(1, 5), (6, 9), n_networks=40_000, weight_scale=2.0, generator=generator("test.log_growth")
+    )
+    norms = [x.detach().relu().square().sum(2).flatten() for x in z]
+    alive = (norms[0] > 0) & (norms[1] > 0)
+    assert is_standard_normal(z_score((norms[1][alive] / norms[0][alive]).log(), log_growth(6, 9)))
 
 
 def test_kurtosis_of_preactivations_is_that_of_finite_width():

@@ -1,0 +1,1 @@
+"""Small stored results of trainings that are too long for a chapter, and the code that made them (``make data``)."""
