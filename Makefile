@@ -18,7 +18,7 @@ EXTRAS_test := book,test
 EXTRAS_bench := bench
 
 .DEFAULT_GOAL := help
-.PHONY: help book html page test devices browser look lint lab execute ledger reseed bench pages-bench constraints clean
+.PHONY: help book html page test devices browser look lint lab execute ledger data reseed bench pages-bench constraints clean
 .DELETE_ON_ERROR:
 
 # Bytecode is kept, whatever the shell says: else each of some forty processes would compile torch and SymPy again.
@@ -77,6 +77,9 @@ execute: $(VENV)/.installed-test  ## run all notebooks, or CHAPTER=minibatch_los
 
 ledger: $(VENV)/.installed-test
 	$(EXECUTE) book/ledger.ipynb
+
+data: $(VENV)/.installed-test  ## train again what is too long for a chapter, and store the results
+	$(BIN)/python -m helpers.data.initialization
 
 reseed: $(VENV)/.installed-test  ## check every claim under SEEDS=20 fresh seeds, or SEED=7; on Dask: SCHEDULER=tcp://host:8786
 	$(BIN)/python -m helpers.lab.reseed --seeds $(SEEDS) --jobs $(JOBS) $(if $(SEED),--seed $(SEED)) \
