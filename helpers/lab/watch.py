@@ -101,6 +101,17 @@ def output_gradients(result: torch.Tensor, calls: Sequence[Call]) -> list[torch.
     -------
     list of torch.Tensor
         Of the shapes of the outputs, zero where `result` does not depend on one.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 1), nn.Softplus())
+    >>> with watch(model) as calls:
+    ...     result = model(torch.ones(3, 2)).sum()
+    >>> before, after = output_gradients(result, calls)
+    >>> after.squeeze(1)
+    tensor([1., 1., 1.])
+    >>> torch.allclose(before, calls[0].output.sigmoid())
+    True
     """
     outputs = [call.output for call in calls]
     asked = [output for output in outputs if output.requires_grad]
