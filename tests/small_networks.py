@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -189,9 +190,13 @@ def assert_same(found, expected, **tolerance):
 
 
 def far_examples():
-    """Return examples of one class only, whose gradients nearly agree, so that their noise scale is small."""
-    draws = rng("test.gradient_noise.far")
-    return torch.as_tensor(0.1 * draws.standard_normal((40, 4)) + 1), torch.zeros(40, dtype=torch.int64)
+    """Return examples of one class only, whose gradients nearly agree, so that their noise scale is small.
+
+    They lie about two points, so that no few of them own the variance.
+    """
+    draws, center = rng("test.gradient_noise.far"), 1 + 0.1 * np.tile([1, -1], 20)
+    inputs = 0.02 * draws.standard_normal((40, 4)) + center[:, None]
+    return torch.as_tensor(inputs), torch.zeros(40, dtype=torch.int64)
 
 
 def gradient_of_mean_loss(model, loss, inputs, targets):

@@ -84,13 +84,13 @@ def noise_scale_of_rows(entry: Entry, n: int) -> dict[str, torch.Tensor]:
 
 
 def one_sided(entry: Entry) -> Entry:
-    """Give seven of eight examples one label, or all far targets: the mean gradient is then large beside the noise."""
+    """Give four of five examples one label, or all far targets: the mean gradient is then large beside the noise."""
 
     def targets(draws: torch.Generator, n: int) -> torch.Tensor:
         drawn = entry.targets(draws, n)
         if drawn.is_floating_point():
             return drawn + 9
-        other = torch.arange(n, device=drawn.device) % 8 == 0
+        other = torch.arange(n, device=drawn.device) % 5 == 0
         return other.long().reshape(n, *[1] * (drawn.ndim - 1)).expand_as(drawn)
 
     return replace(entry, targets=targets)
@@ -131,7 +131,7 @@ TOOLS = {
         refuses_coupled_examples,
         n=48,
         prepare=one_sided,
-        may_say=r"standard errors above zero",
+        may_say=r"standard errors above zero|must not hang on few",
     ),
 }
 every_tool = pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
@@ -277,4 +277,4 @@ def test_a_tool_that_breaks_a_promise_is_noticed(tool, name, message):
 def test_most_of_the_zoo_has_a_noise_scale():
     tool = TOOLS["gradient_noise_scale"]
     answered = [name for name, entry in ZOO.items() if isinstance(run(tool, tool.prepare(entry).problem(tool.n)), dict)]
-    assert len(answered) > 0.6 * len(ZOO), answered
+    assert len(answered) > 0.4 * len(ZOO), answered
