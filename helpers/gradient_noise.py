@@ -980,7 +980,8 @@ class _Ratio:
         needed = _two_digits_up(self.n * (self.asymmetry / MOST_ASYMMETRY) ** 2)
         return (
             f"tr S must not hang on few of the {self.unit}: the skewness of its error must be at most "
-            f"{MOST_ASYMMETRY}, got {self.asymmetry:.2g} with {self.n:,}; at least {needed:,} would be needed{self._lower_bound()}"
+            f"{MOST_ASYMMETRY}, got {self.asymmetry:.2g} with {self.n:,}; at least {needed:,} would be needed"
+            f"{self._lower_bound()}"
         )
 
     def _lower_bound(self) -> str:
