@@ -215,7 +215,7 @@ def fault_of_picture(data):
         return f"a blank picture of {picture.size[0]} by {picture.size[1]} pixels"
     drawn = "".join(data.get("text/plain", ""))
     if "\n" not in drawn:
-        return None if is_matplotlib(data) else "a picture that does not say what it draws"
+        return "a picture that does not say what it draws"
     if picture.text.get("Description") != drawn:
         return f"a picture of another figure: it draws {picture.text.get('Description')!r}, not {drawn!r}"
     return None

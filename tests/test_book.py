@@ -237,6 +237,7 @@ def broken(output):
         ([picture_output(ink=0)], "a blank picture of 300 by 200 pixels"),
         ([picture_output(size=(300, 99))], "a blank picture of 300 by 99 pixels"),
         ([picture_output("a picture")], "a picture that does not say what it draws"),
+        ([picture_output("<Figure size 300x200 with 1 Axes>")], "a picture that does not say what it draws"),
         ([picture_output(says="another")], "a picture of another figure: it draws 'another', not '<Figure size"),
     ],
 )

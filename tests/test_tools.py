@@ -6,6 +6,8 @@ the model as it was, also after an error, and the model then trains as its twin 
 """
 
 import contextlib
+import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.gradient_noise import gradient_noise_scale
+from helpers.gradient_noise import gradient_noise_scale, noise_scale_report
+from helpers.initialization import propagation_report
 from helpers.lab.gradients import (
     flatten,
     mean_gradient,
@@ -23,15 +26,18 @@ from helpers.lab.gradients import (
     per_sample_products,
     per_sample_squared_norms,
 )
+from helpers.lab.runtime import generator
+from helpers.lab.watch import is_leaf
 from tests.zoo import (
     ZOO,
     Entry,
     Problem,
+    apply,
     assert_trains_as_if_untouched,
     changes,
     fingerprint,
-    gradients_one_by_one,
 )
+from tests.zoo import gradients_one_by_one as gradients_by_loop
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 N = 6
@@ -71,16 +77,39 @@ def refuses_coupled_examples(name: str, entry: Entry) -> bool:
 
 # The truth, one example at a time
 
+gradients_one_by_one = functools.cache(gradients_by_loop)  # the same for all tools
+
 
 def rows(entry: Entry, n: int) -> torch.Tensor:
     return flatten(gradients_one_by_one(entry, n))  # (n, P)
 
 
-def noise_scale_of_rows(entry: Entry, n: int) -> dict[str, torch.Tensor]:
+def noise_and_signal(entry: Entry, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tr S and |∇L|², both unbiased."""
     gradients = rows(entry, n)
     mean = gradients.mean(0)
     trace = (gradients - mean).square().sum() / (n - 1)
-    return {"noise scale": trace / (mean.square().sum() - trace / n)}
+    return trace, mean.square().sum() - trace / n
+
+
+def noise_scale_of_rows(entry: Entry, n: int) -> dict[str, torch.Tensor]:
+    trace, squared_norm = noise_and_signal(entry, n)
+    return {"noise scale": trace / squared_norm}
+
+
+def mean_squares_by_hooks(entry: Entry, n: int) -> dict[str, torch.Tensor]:
+    """Return the mean square of what each layer with parameters gave, in the order of the calls."""
+    problem, found = entry.problem(n), {}
+
+    def record(name: str, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        found[f"{len(found)}: {name}"] = first.detach().square().mean()
+
+    for name, layer in problem.model.named_modules():
+        if is_leaf(layer) and "parametrizations" not in name and list(layer.parameters()):
+            layer.register_forward_hook(lambda _, __, output, name=name: record(name or "the model", output))
+    apply(problem.model, problem.inputs)
+    return found
 
 
 def one_sided(entry: Entry) -> Entry:
@@ -101,6 +130,19 @@ def one_sided(entry: Entry) -> Entry:
 
 def directions(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: torch.ones_like(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def mean_squares_reported(problem: Problem) -> dict[str, torch.Tensor]:
+    report = propagation_report(problem.model, problem.inputs, generator=generator("test.tools.readout"))
+    assert all(math.isfinite(layer.backward) for layer in report.layers)
+    forward = [torch.tensor(layer.forward, dtype=torch.float64) for layer in report.layers]
+    return {f"{k}: {layer.name}": found for k, (layer, found) in enumerate(zip(report.layers, forward, strict=True))}
+
+
+def noise_reported(problem: Problem) -> dict[str, torch.Tensor]:
+    name, _, *parts = noise_scale_report(*problem).rows[0]
+    assert name == "the model"
+    return {"tr S and |∇L|²": torch.tensor([float(part) for part in parts[:2]], dtype=torch.float64)}
 
 
 TOOLS = {
@@ -133,6 +175,16 @@ TOOLS = {
         prepare=one_sided,
         may_say=r"standard errors above zero|must not hang on few",
     ),
+    "noise_scale_report": Tool(
+        noise_reported,
+        lambda entry, n: {  # as printed, with three digits
+            "tr S and |∇L|²": torch.tensor(
+                [float(f"{part.item():.3g}") for part in noise_and_signal(entry, n)], dtype=torch.float64
+            )
+        },
+        refuses_coupled_examples,
+    ),
+    "propagation_report": Tool(mean_squares_reported, mean_squares_by_hooks, lambda name, entry: entry.lazy),
 }
 every_tool = pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
 every_entry = pytest.mark.parametrize("name", ZOO)
@@ -208,7 +260,21 @@ def interrupting_layer(call: int) -> Callable[..., None]:
     return hook
 
 
-@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if not entry.lazy])
+# One of each kind of what may be left behind: buffers, draws, hooks, shared and frozen parameters.
+INTERRUPTED = [
+    "resnet, training",
+    "pre-LN transformer",
+    "GRU",
+    "dropout, training",
+    "frozen layers",
+    "PReLU under two names",
+    "spectral norm by hooks",
+    "spectral norm by parametrization",
+]
+assert set(INTERRUPTED) <= set(ZOO)
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
 @pytest.mark.parametrize("call", [0, 2, 7])
 @every_tool
 def test_a_tool_that_fails_in_the_middle_leaves_no_trace(tool, name, call):
@@ -274,7 +340,7 @@ def test_a_tool_that_breaks_a_promise_is_noticed(tool, name, message):
         assert_keeps_promises(tool, name)
 
 
-def test_most_of_the_zoo_has_a_noise_scale():
-    tool = TOOLS["gradient_noise_scale"]
-    answered = [name for name, entry in ZOO.items() if isinstance(run(tool, tool.prepare(entry).problem(tool.n)), dict)]
-    assert len(answered) > 0.4 * len(ZOO), answered
+def test_much_of_the_zoo_has_a_noise_scale():
+    tool, entries = TOOLS["gradient_noise_scale"], list(ZOO.values())[::3]
+    answered = [isinstance(run(tool, tool.prepare(entry).problem(tool.n)), dict) for entry in entries]
+    assert sum(answered) > 0.3 * len(entries)
