@@ -94,17 +94,16 @@ class Made(SphinxDirective):
 
 
 class Parts(Made):
-    """An item for each part: links to its chapters, then what it will hold besides."""
+    """An item for each part: what it asks, which its text says by the part's numeral, and links to its chapters."""
 
     def lines(self, root):
         parts, chapters = book_of(root)
+        questions = dict([cell.strip() for cell in line.split("|")] for line in self.content)
         lines = []
         for part in parts:
-            of_part = [chapter for chapter in chapters if chapter.part == part]
-            linked = [chapter.link for chapter in of_part if chapter.place]
-            planned = [chapter.title for chapter in of_part if not chapter.place]
-            lines += [f"- **{part}**", *(f"  - {link}" for link in linked)]
-            lines += [f"  - {', '.join(planned)}"] if planned else []
+            question = questions.get(part.partition(" ")[0], "")
+            linked = [chapter.link for chapter in chapters if chapter.part == part and chapter.place]
+            lines += [f"- **{part}.** {question}", *(f"  - {link}" for link in linked)]
         return lines
 
 
@@ -155,9 +154,7 @@ class Number(SphinxRole):
             "reftype": "doc",
             "reftarget": f"/{place.page}",
         }
-        return [
-            pending_xref("", text, refexplicit=True, refwarn=True, **target)
-        ], []
+        return [pending_xref("", text, refexplicit=True, refwarn=True, **target)], []
 
 
 def write_module_pages(app, config):

@@ -10,6 +10,13 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.browser.site import FLAGS, HTML, WIDE, chromium, served
 
+# How far things moved, each by the share of the screen that moved, since the page began to load.
+WATCH_SHIFTS = """
+  window.shift = 0;
+  new PerformanceObserver(list => list.getEntries().forEach(entry => (window.shift += entry.value)))
+    .observe({type: "layout-shift", buffered: true});
+"""
+
 
 class ByPage(LoadScopeScheduling):
     """Gives all tests of a page to one worker, which opens it once. (Marked groups have no effect under pytest 9.2.)"""
@@ -46,7 +53,7 @@ def browser():
 def open_page(browser, site):
     """Return a function that opens a page of the book; the page then holds what went wrong in `troubles`."""
 
-    def open_(path, *, address=site, script=""):
+    def open_(path, *, address=site):
         page, troubles = browser.new_page(viewport=WIDE, color_scheme="light"), []
 
         def route(route):
@@ -56,7 +63,7 @@ def open_page(browser, site):
                 troubles.append(f"asks {route.request.url}")
                 route.abort()
 
-        page.add_init_script(script)
+        page.add_init_script(WATCH_SHIFTS)
         page.route("**/*", route)
         page.on("console", lambda message: message.type == "error" and troubles.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: troubles.append(f"script: {error}"))

@@ -8,13 +8,18 @@ import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 
+from helpers.lab import registry
+from tests.book_promises import UNREVISED
 from tests.browser.site import HTML, PHONE, WIDE
 
 ROOT = Path(__file__).parents[2]
 TOC = (ROOT / "_toc.yml").read_text(encoding="utf-8")
 PAGES = [f"{name}.html" for name in re.findall(r"(?:file|root): (\S+)", TOC)]
-CHAPTER = "book/training_loop/minibatch_loss.html"
+CHAPTERS = [f"{place.page}.html" for place in registry.places(ROOT / "_toc.yml")]
+REVISED = [page for page in CHAPTERS if Path(page).stem not in UNREVISED]
+CHAPTER = CHAPTERS[0]
 LEDGER = "book/ledger.html"
+of_chapters = pytest.mark.parametrize("page", CHAPTERS, indirect=True)
 of_the_chapter = pytest.mark.parametrize("page", [CHAPTER], indirect=True)
 of_the_ledger = pytest.mark.parametrize("page", [LEDGER], indirect=True)
 
@@ -98,17 +103,50 @@ def test_a_page_waits_for_one_script_at_most(page):
     assert [name for name in waits if "documentation_options.js" not in name] == []
 
 
-def test_what_a_page_loads_late_has_its_place(open_page):
-    page = open_page(CHAPTER, script=WATCH_SHIFTS)
+@of_chapters
+def test_what_a_page_loads_late_has_its_place(page):
     assert any("plotly" in name for name in bytes_of(page))
     assert page.evaluate("window.shift") < 0.01
 
 
-WATCH_SHIFTS = """
-  window.shift = 0;
-  new PerformanceObserver(list => list.getEntries().forEach(entry => (window.shift += entry.value)))
-    .observe({type: "layout-shift", buffered: true});
-"""
+@of_chapters
+def test_text_in_pictures_is_readable_on_a_phone(page):
+    dress(page, PHONE, "light")
+    pictures = page.locator("article img[src$='.png']:visible")
+    # A figure has 144 dots an inch, and its text 11 points, which are 22 dots.
+    heights = pictures.evaluate_all("all => all.map(x => (22 * x.getBoundingClientRect().width) / x.naturalWidth)")
+    assert heights
+    assert min(heights) >= 11 - 1e-3
+    texts = page.locator(".slider-plot svg text").evaluate_all(
+        "all => all.map(x => parseFloat(getComputedStyle(x).fontSize))"
+    )
+    assert min(texts) >= 11
+
+
+@pytest.mark.parametrize("page", REVISED, indirect=True)
+def test_a_page_is_not_mostly_code(page):
+    dress(page, WIDE, "light")
+    share = page.evaluate("""() => {
+      const height = selector => [...document.querySelectorAll(selector)].filter(x => x.checkVisibility())
+        .reduce((sum, x) => sum + x.getBoundingClientRect().height, 0);
+      return height("article div.cell_input") / height("article");
+    }""")
+    assert share <= 0.25
+
+
+@of_the_chapter
+def test_the_contents_mark_the_section_that_is_being_read(page):
+    dress(page, WIDE, "light")
+    current = page.locator("nav.page-toc a.active")
+    for link in page.locator("nav.page-toc a:visible").all()[1:4]:
+        page.evaluate("id => document.getElementById(id).scrollIntoView()", link.get_attribute("href")[1:])
+        page.wait_for_function("link => link.classList.contains('active')", arg=link.element_handle())
+        assert current.count() == 1
+        assert link.get_attribute("aria-current") == "true"
+    page.evaluate("window.scrollBy(0, 2 * innerHeight)")  # a section that is taller than the screen keeps its mark
+    page.wait_for_timeout(100)
+    assert current.count() == 1
+    page.evaluate("window.scrollTo(0, 0)")
 
 
 # Colors take axe nearly all of its time: text that looks like other text, on the same ground, is left out.
@@ -250,6 +288,46 @@ def test_the_theme_button_switches(page):
         page.locator("button.theme-switch-button").first.click()
         modes.add(page.evaluate("document.documentElement.dataset.theme"))
     assert modes == {"light", "dark"}
+
+
+@of_chapters
+def test_a_keyboard_moves_every_slider(page):
+    page.wait_for_function("document.querySelectorAll('.slider-figure:not(:has(.main-svg))').length === 0")
+    controls = page.locator(".slider-controls input:is([type=range], :checked)")
+    state = "document.querySelector('.slider-plot').data.map(t => [t.visible, t.opacity]).join()"
+    for control in controls.all():
+        for key, back in (("ArrowRight", "ArrowLeft"), ("ArrowLeft", "ArrowRight")):  # one of them stands at an end
+            before = page.evaluate(state)
+            control.focus()
+            page.keyboard.press(key)
+            page.wait_for_timeout(50)
+            if page.evaluate(state) != before:
+                page.keyboard.press(back)
+                break
+        else:
+            pytest.fail(f"{control.evaluate('x => x.parentElement.textContent')} does not move")
+
+
+@of_chapters
+def test_a_keyboard_reaches_what_can_be_opened_or_moved(page):
+    dress(page, WIDE, "light")
+    page.evaluate("document.querySelectorAll('details').forEach(found => (found.open = false))")
+    wanted = page.locator("article :is(summary, .slider-controls input[type=range], button.toggle-button)")
+    wanted = wanted.locator("visible=true").count()
+    page.locator("article h1").first.evaluate("x => { x.tabIndex = -1; x.focus(); }")
+    reached = set()
+    for _ in range(page.locator("article :is(a, button, input, summary, pre, div, [tabindex])").count()):
+        page.keyboard.press("Tab")
+        found = page.evaluate("""() => {
+          const now = document.activeElement;
+          if (!now.closest("article")) return null;
+          now.dataset.stop ??= String(document.querySelectorAll("[data-stop]").length);
+          return now.matches("summary, input[type=range], button.toggle-button") ? now.dataset.stop : "";
+        }""")
+        if found is None:
+            break
+        reached |= {found} - {""}
+    assert len(reached) == wanted
 
 
 @of_the_chapter
