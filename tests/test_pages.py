@@ -2,6 +2,7 @@
 
 import base64
 import html
+import importlib
 import re
 import shutil
 import subprocess
@@ -150,6 +151,33 @@ def test_the_height_of_a_slider_figure_is_reserved(private):
     assert re.search(
         r'class="slider-figure" style="--plot-height: 420px; --sliders: 2"><script', text_of(private, "a.html")
     )
+
+
+def formulas():
+    sys.path.insert(0, str(ROOT / "book/_ext"))
+    return importlib.import_module("formulas")
+
+
+@pytest.mark.parametrize(
+    ("formula", "letters"),
+    [
+        # Of TeX's letters, in thousandths of an em: x 572, = 778, y 490, and 278 on each side of a relation.
+        ("x", 572),
+        ("x = y", 572 + 778 + 490 + 2 * 278),
+        (r"x \le y", 572 + 778 + 490 + 2 * 278),
+        (r"\mathbb E", 667),
+        (r"\operatorname{Var}", 750 + 500 + 392),
+    ],
+)
+def test_the_width_of_a_formula_is_that_of_its_letters(formula, letters):
+    assert formulas().width_of(formula) == pytest.approx(1.13 * letters / 1000, rel=0.08)
+
+
+def test_a_formula_reserves_its_width_unless_it_is_unknown():
+    inline = r'<span class="math notranslate nohighlight">\({}\)</span>'
+    assert re.search(r'nohighlight" style="--width: [\d.]+em">\\\(x', formulas().reserve_widths(inline.format("x")))
+    unknown = inline.format(r"\unknowncommand")
+    assert formulas().reserve_widths(unknown) == unknown
 
 
 def test_plotly_is_the_version_that_notebooks_use():

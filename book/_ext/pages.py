@@ -9,6 +9,7 @@ from PIL import Image
 
 from claim_rows import GroupClaims
 from folds import FoldCells, depart_fold, fold, visit_fold
+from formulas import reserve_widths
 from front import PREREQUISITES
 from helpers.lab.reading import length_of
 from icons import trim_icons
@@ -61,6 +62,7 @@ def polish_text(app, pagename, templatename, context, doctree):
     # docutils calls the bibliography a list, but its items no list items: to a
     # screen reader it would be an empty list.
     body = context.get("body", "").replace(' role="list"', "")
+    body = reserve_widths(body)
     body = FORMULA_AND_MARK.sub(r'<span class="unbroken">\1</span>', body)
     body = FIGURE.sub(_reserve, body)
     sources = {name: source for source, name in app.builder.images.items()}

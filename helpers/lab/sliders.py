@@ -168,7 +168,7 @@ class Slider:
 
     @property
     def is_choice(self) -> bool:
-        """Whether its positions are names: no label has a number that stands for itself."""
+        """Whether its positions are names, since no label has a number that stands for itself."""
         return not any(map(NUMBER.search, self.labels))
 
 
