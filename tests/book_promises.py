@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
 
-from helpers.lab import registry
+from helpers.lab import ledger, registry
 from helpers.lab.ledger import stored_claims
 from helpers.lab.reading import length_of
 from tests.hidden_state import Names, findings, streams
@@ -146,6 +146,29 @@ def repeated_cases(root):
             for (id, case), count in names.items()
             if count > 1
         ]
+    return problems
+
+
+def stale_ledger(root):
+    """The stored ledger shows each check as the notebooks store it, and no other."""
+    path = root / "book" / "ledger.ipynb"
+    if not path.exists():
+        return []
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    pages = ("".join(output.get("data", {}).get("text/html", "")) for output in outputs)
+    shown = Counter(row for page in pages for row in re.findall(r'<tr id="[^"]*" data-kind=.*?</tr>', page, re.DOTALL))
+    problems, numbers = [], Counter()
+    for notebook, cells in notebooks(root):
+        rows = Counter()
+        for claim in stored_claims({"cells": cells}):
+            numbers[claim["id"]] += 1
+            rows[ledger._html_check(f"{claim['id']}.{numbers[claim['id']]}", claim)] += 1
+        if missing := (rows - shown).total():
+            problems.append(f"{place(root, path)}: {missing} checks are not those of {place(root, notebook)}")
+        shown -= rows
+    if shown and not problems:
+        problems.append(f"{place(root, path)}: {shown.total()} checks are in no notebook")
     return problems
 
 
@@ -508,6 +531,7 @@ PROMISES = (
     names_of_the_bench,
     unmatched_claims,
     repeated_cases,
+    stale_ledger,
     unexecuted_cells,
     figures_without_a_page,
     unfaithful_pictures,

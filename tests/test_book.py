@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from helpers.lab import ledger
 from tests import book_promises
 
 ROOT = Path(__file__).parents[1]
@@ -225,6 +226,44 @@ def without_picture(output):
 
 def broken(output):
     return {**output, "data": output["data"] | {"image/png": output["data"]["image/png"][:60]}}
+
+
+def bound_output(seen):
+    claim = {
+        "id": "chapter.claim",
+        "case": "",
+        "passed": True,
+        "kind": "bounded",
+        "bound": 2.0,
+        "shown": 0,
+        "seen": seen,
+    }
+    return {"output_type": "display_data", "data": {}, "metadata": {"claim": claim}}
+
+
+def write_ledger(root, *outputs):
+    """Store a ledger that shows these checks."""
+    rows = (
+        ledger._html_check(f"chapter.claim.{k}", output["metadata"]["claim"]) for k, output in enumerate(outputs, 1)
+    )
+    page = {"output_type": "display_data", "data": {"text/html": list(rows)}, "metadata": {}}
+    write_chapter(root, [code_cell("Ledger()", 1, [page])], "book/ledger.ipynb")
+
+
+@pytest.mark.parametrize(
+    ("shown", "message"),
+    [
+        ([bound_output("1 in 100")], ""),
+        ([bound_output("2 in 100")], f"1 checks are not those of {CHAPTER}"),
+        ([], f"1 checks are not those of {CHAPTER}"),
+        ([bound_output("1 in 100"), bound_output("1 in 100")], "1 checks are in no notebook"),
+    ],
+)
+def test_a_stale_ledger_is_noticed_with_the_notebook_that_it_lacks(root, shown, message):
+    write_chapter(root, [code_cell("x", 1, [bound_output("1 in 100")])])
+    write_ledger(root, *shown)
+    expected = [f"book/ledger.ipynb: {message}"] if message else []
+    assert book_promises.stale_ledger(root) == expected
 
 
 @pytest.mark.parametrize(
