@@ -232,7 +232,7 @@ def test_code_keeps_its_words_and_its_colored_parts(private):
 
 
 def test_no_line_begins_with_the_comma_behind_a_formula(private):
-    math = r'<span class="math notranslate nohighlight">'
+    math = r'<span class="math notranslate nohighlight"[^>]*>'
     page = text_of(private, "index.html")
     assert re.search(
         rf'Let <span class="unbroken">{math}\\\(x&gt;0\\\)</span>,</span> and {math}\\\(y\\\)</span> too', page
