@@ -10,25 +10,25 @@ from helpers.lab import generator, models, seeded
 
 
 def races() -> list[Race]:
-    image = nn.Unflatten(1, (1, 8, 8))
     networks = {
         "perceptron of 85,000 parameters": (lambda: models.mlp((64, 256, 256, 10)), 2048),
         "perceptron of 301,000 parameters": (lambda: models.mlp((64, 512, 512, 10)), 1024),
-        "convolutional network": (
-            lambda: nn.Sequential(
-                image,
-                nn.Conv2d(1, 16, 3, padding=1),
-                nn.ReLU(),
-                nn.Conv2d(16, 16, 3),
-                nn.ReLU(),
-                nn.Flatten(),
-                nn.Linear(576, 10),
-            ),
-            1024,
-        ),
+        "convolutional network": (convolutional_network, 1024),
         "transformer": (Transformer, 512),
     }
     return [race(name, *network) for name, network in networks.items()]
+
+
+def convolutional_network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(576, 10),
+    )
 
 
 class Transformer(nn.Module):

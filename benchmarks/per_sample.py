@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 
 import torch
 from backpack import backpack, extend
@@ -10,11 +11,11 @@ from opacus import GradSampleModule
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.noise_scale import Transformer, convolutional_network
 from benchmarks.timing import Call, Race, require_equal
 from helpers.lab import generator, models, seeded
 from helpers.lab.gradients import per_sample_gradients, per_sample_squared_norms
 
-SIZES = (64, 256, 256, 10)
 EXAMPLES = 256
 
 Gradients = dict[str, torch.Tensor]
@@ -23,11 +24,20 @@ Gradients = dict[str, torch.Tensor]
 def races() -> list[Race]:
     # The hooks of both peers make PyTorch say that no input requires a gradient.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    with seeded("benchmark model"):
-        model = models.mlp(SIZES)
+    networks = {
+        "perceptron": lambda: models.mlp((64, 256, 256, 10)),
+        "convolutional network": convolutional_network,
+        "transformer": Transformer,
+    }
+    return [race for name, build in networks.items() for race in races_of(name, build)]
+
+
+def races_of(name: str, build: Callable[[], nn.Module]) -> list[Race]:
+    with seeded(f"benchmark {name}"):
+        model = build()
     source = generator("benchmark examples")
-    inputs = torch.randn((EXAMPLES, SIZES[0]), generator=source, device=source.device)
-    targets = torch.randint(SIZES[-1], (EXAMPLES,), generator=source, device=source.device)
+    inputs = torch.randn((EXAMPLES, 64), generator=source, device=source.device)
+    targets = torch.randint(10, (EXAMPLES,), generator=source, device=source.device)
     model.to(source.device)
 
     def ours() -> Gradients:
@@ -39,18 +49,17 @@ def races() -> list[Race]:
     def norms_of_gradients() -> torch.Tensor:
         return sum(g.flatten(1).square().sum(1) for g in ours().values())
 
-    others = {
-        "Opacus": by_opacus(model, inputs, targets),
-        "BackPACK": by_backpack(model, inputs, targets),
-        "loop": by_loop(model, inputs, targets),
-    }
+    others = {"Opacus": by_opacus, "BackPACK": by_backpack, "loop": by_loop}
+    if name == "transformer":  # neither peer has a rule for attention: it reads its weights without calling a layer
+        others = {"loop": by_loop}
+    others = {other: make(model, inputs, targets) for other, make in others.items()}
     for other in others.values():
         require_equal(other(), ours())
     require_equal(norms_of_gradients(), norms())
-    return [
-        Race("per-sample gradients", "per_sample_gradients", ours, others, at_least=1),
-        Race("norms", "per_sample_squared_norms", norms, {"gradients": norms_of_gradients}, at_least=10),
-    ]
+    gradients = Race("per-sample gradients", f"gradients, {name}", ours, others, at_least=1)
+    if name != "perceptron":
+        return [gradients]
+    return [gradients, Race("norms", f"norms, {name}", norms, {"gradients": norms_of_gradients}, at_least=10)]
 
 
 def by_opacus(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> Call:
