@@ -80,6 +80,7 @@ ledger: $(VENV)/.installed-test
 
 data: $(VENV)/.installed-test  ## train again what is too long for a chapter, and store the results
 	$(BIN)/python -m helpers.data.initialization
+	$(BIN)/python -m helpers.data.gradient_noise
 
 reseed: $(VENV)/.installed-test  ## check every claim under SEEDS=20 fresh seeds, or SEED=7; on Dask: SCHEDULER=tcp://host:8786
 	$(BIN)/python -m helpers.lab.reseed --seeds $(SEEDS) --jobs $(JOBS) $(if $(SEED),--seed $(SEED)) \
