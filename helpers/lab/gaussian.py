@@ -1,12 +1,14 @@
 """Expectations under normal laws: of any function of one variable, and of products over two correlated ones.
 
 They are numbers, found by quadrature in float64 on the CPU, wherever the book's simulations run. Panels are cut
-until nothing changes, so that kinks and jumps of the function are found and do no harm, wherever they are.
+until nothing changes, so that kinks and jumps of the function are found and do no harm, wherever they are. The time
+goes into calls of the function, so that all panels of one round share a call; a smooth function needs two.
 """
 
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ def _lobatto(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 # Only a rule with nodes at the ends of a panel notices a jump close to an end; at a known jump it must have none.
 LOBATTO = _lobatto(16)
+HIGHEST = np.polynomial.legendre.legvander(LOBATTO[0], 15)[:, -2:]
 GAUSS = np.polynomial.legendre.leggauss(16)
 # The nodes at the ends lie so far inside, as a part of the panel: a jump exactly at the end does no harm.
 INSIDE = 1e-14
@@ -39,9 +42,11 @@ OFFSET = 0.739
 STEP = 1.3
 
 ACCURACY = 1e-6  # of the whole, for functions that compute in float32
-SMOOTH_AFTER = 4  # what needs more cuts than that has a kink
-PARTS = (2,) * SMOOTH_AFTER + (16,) * 10  # into how many parts panels are cut, one round after another
+ROUNDS = (2, 16) + (256,) * 7  # into how many parts panels are cut, one round after another
+ROUNDS_OF_ANGLES = (2,) * 50  # where each node is a costly integral over radii
+SMOOTH_AFTER = 2  # what needs more rounds than that has a kink
 MAX_PANELS = 4096
+MAX_DEGREE = 200  # of Hermite polynomials that the nodes resolve
 
 
 def expectation(function: Activation, variance: float, *, breakpoints: Sequence[float] = ()) -> float:
@@ -75,8 +80,7 @@ def expectation(function: Activation, variance: float, *, breakpoints: Sequence[
     0.79712
     """
     require_not_negative(variance=variance)
-    value, _, _ = _integrate(_one_normal(_prepared(function), variance), _radii(variance, breakpoints))
-    return value
+    return _integrate(_one_normal(_prepared(function), variance), _radii(variance, breakpoints)).value
 
 
 def product_expectation(
@@ -107,13 +111,16 @@ def product_expectation(
     function = _prepared(function)
     if abs(correlation) == 1:
         return expectation(lambda z: function(z) * function(correlation * z), variance, breakpoints=breakpoints)
-    _, magnitude, kinks = _integrate(_one_normal(function, variance), _radii(variance, breakpoints))
-    kinks = np.concatenate([kinks, _in_deviations(variance, breakpoints)])
+    mean = _integrate(_one_normal(function, variance), _radii(variance, breakpoints))
+    value = _by_hermite_polynomials(function, variance, correlation, mean)
+    if value is not None:
+        return value
+    kinks = np.concatenate([mean.kinks, _in_deviations(variance, breakpoints)])
     between = math.acos(correlation)
     integrand = _two_normals(function, variance, between, kinks)
     tolerance = 1e-12 if len(kinks) else 1e-14  # as exact as kinks are known
-    value, _, _ = _integrate(integrand, _angles(variance, between, kinks), scale=magnitude**2, tolerance=tolerance)
-    return value
+    edges = _angles(variance, between, kinks)
+    return _integrate(integrand, edges, scale=mean.magnitude**2, tolerance=tolerance, rounds=ROUNDS_OF_ANGLES).value
 
 
 def second_moment(activation: Activation, variance: float) -> float:
@@ -159,18 +166,52 @@ def _derivative(activation: Activation, z: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(activation(z.clone()).sum(), z, materialize_grads=True)[0]
 
 
-# One normal variable, and two in polar coordinates, in units of their standard deviation
+class _Integral(NamedTuple):
+    """An integral, that of the absolute value, and where the integrand has kinks.
+
+    Between `edges`, among them the kinks, a rule of 16 nodes resolves the integrand.
+    """
+
+    value: float
+    magnitude: float
+    kinks: np.ndarray
+    edges: np.ndarray
+
+
+# One normal variable, and two: by polynomials, or in polar coordinates, in units of their standard deviation
 
 
 def _one_normal(function: Activation, variance: float) -> Integrand:
     def integrand(r: np.ndarray) -> np.ndarray:
         return _values(function, math.sqrt(variance) * r) * np.exp(-(r**2) / 2) / math.sqrt(2 * math.pi)
 
-    ends = np.abs(integrand(np.array([-RADIUS, RADIUS])))
-    middle = np.abs(integrand(np.linspace(-RADIUS, RADIUS, 41)))
-    if (ends > 1e-12 * middle.max()).any():
+    sizes = np.abs(integrand(np.linspace(-RADIUS, RADIUS, 41)))
+    if max(sizes[0], sizes[-1]) > 1e-12 * sizes.max():
         raise ValueError(f"the density must damp the function, got one that grows too fast for variance {variance}")
     return integrand
+
+
+def _by_hermite_polynomials(function: Activation, variance: float, correlation: float, mean: _Integral) -> float | None:
+    """Return ``E[f(z) f(z')]`` by Mehler's formula, ``Σ_k c^k E[f(z) h_k(z/√v)]²``; None where the sum is too long.
+
+    The h_k are Hermite polynomials, orthonormal under N(0, 1), and what is left of the sum is less than c^(k+1) times
+    what is left of the one for c = 1, which is E[f²].
+    """
+    r, weights = (x.flatten() for x in _on_panels(GAUSS, mean.edges[:-1], mean.edges[1:]))
+    root = np.sqrt(weights * np.exp(-(r**2) / 2) / math.sqrt(2 * math.pi))
+    values = _values(function, math.sqrt(variance) * r) * root
+    rest = second = values @ values
+    before, polynomial = np.zeros_like(r), root  # h_0, h_1, … times the root of the density
+    product, power = 0.0, 1.0
+    for k in range(MAX_DEGREE):
+        coefficient = polynomial @ values
+        product += power * coefficient**2
+        rest -= coefficient**2
+        power *= correlation
+        if abs(power * rest) <= 1e-15 * second:
+            return float(product + power * rest)
+        before, polynomial = polynomial, (r * polynomial - math.sqrt(k) * before) / math.sqrt(k + 1)
+    return None
 
 
 def _two_normals(function: Activation, variance: float, between: float, kinks: np.ndarray) -> Integrand:
@@ -249,46 +290,62 @@ def _on_panels(rule: tuple[np.ndarray, np.ndarray], low: np.ndarray, high: np.nd
 
 
 def _integrate(
-    integrand: Integrand, edges: np.ndarray, *, scale: float | None = None, tolerance: float = 1e-14
-) -> tuple[float, float, np.ndarray]:
-    """Return the integral, that of the absolute value, and where the integrand has kinks inside the panels.
+    integrand: Integrand,
+    edges: np.ndarray,
+    *,
+    scale: float | None = None,
+    tolerance: float = 1e-14,
+    rounds: Sequence[int] = ROUNDS,
+) -> _Integral:
+    """Integrate over panels, each cut until its parts agree with it to within `tolerance`.
 
-    A panel is cut until its parts agree with it to within `tolerance` of `scale`, the integral of the absolute value
-    unless given.
+    It is in units of `scale`, the integral of the absolute value unless given.
     """
-
-    def on(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        nodes, weights = _on_panels(LOBATTO, low, high)
-        values = integrand(nodes)
-        return (values * weights).sum(-1), (np.abs(values) * weights).sum(-1)
-
-    low, high = edges[:-1], edges[1:]
-    whole, magnitudes = on(low, high)
-    magnitude = magnitudes.sum()
-    scale = magnitude if scale is None else scale
-    value, rough = 0.0, []
-    for parts in PARTS:
-        ends = np.linspace(low, high, parts + 1)
-        within, _ = on(ends[:-1], ends[1:])  # (parts, panels)
-        errors = np.abs(whole - within.sum(0))
-        good = errors <= tolerance * scale
-        value += within[:, good].sum()
-        rough.append(np.stack([low, high, errors])[:, (errors > tolerance * scale) | (len(rough) > SMOOTH_AFTER)])
-        low, high, whole = ends[:-1, ~good].flatten(), ends[1:, ~good].flatten(), within[:, ~good].flatten()
-        if not len(low) or len(low) > MAX_PANELS:
+    ends = np.linspace(edges[:-1], edges[1:], rounds[0] + 1)
+    whole, *parts = _measured(integrand, np.insert(ends[:-1], 0, ends[0], 0), np.insert(ends[1:], 0, ends[-1], 0))
+    parts, magnitude = np.stack(parts), whole[:, 3].sum()
+    limit = tolerance * (magnitude if scale is None else scale)
+    value, kinked, resolved = 0.0, [], [edges]
+    for number in range(len(rounds)):
+        if number:
+            ends = np.linspace(whole[:, 0], whole[:, 1], rounds[number] + 1)
+            parts = _measured(integrand, ends[:-1], ends[1:])  # (parts, panels, 5)
+        errors = np.abs(whole[:, 2] - parts[..., 2].sum(0))
+        bad = errors > limit
+        doubtful = bad & (parts[..., 4] > limit)
+        value += parts[~doubtful, 2].sum()
+        if number < SMOOTH_AFTER:
+            resolved.append(ends[:, bad].flatten())
+        else:
+            kinked.append(np.stack([*whole[:, :2].T, errors])[:, bad | (number > SMOOTH_AFTER)])
+        whole = parts[doubtful]
+        if not len(whole) or len(whole) > MAX_PANELS:
             break
-    if errors[~good].sum() > ACCURACY * scale:
+    if errors[bad].sum() > ACCURACY * limit / tolerance:
         raise ValueError("the function must be smooth but for a few kinks, got one that thousands of panels miss")
-    return float(value + whole.sum()), float(magnitude), _kinks(rough)
+    kinks = _kinks(kinked)
+    edges = np.unique(np.concatenate([*resolved, kinks]))
+    return _Integral(float(value + whole[:, 2].sum()), float(magnitude), kinks, edges)
 
 
-def _kinks(rounds: list[np.ndarray]) -> np.ndarray:
-    """Return one point for each panel that was still rough after `SMOOTH_AFTER` cuts.
+def _measured(integrand: Integrand, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return of each panel its ends, the integral, that of the absolute value, and how far to doubt it, (..., 5).
+
+    Doubtful is what the two highest polynomials that the nodes can tell apart contribute: nearly nothing, if smooth.
+    """
+    nodes, weights = _on_panels(LOBATTO, low, high)
+    values = integrand(nodes) * weights
+    doubt = np.abs(values @ HIGHEST).max(-1)
+    return np.stack([low, high, values.sum(-1), np.abs(values).sum(-1), doubt], axis=-1)
+
+
+def _kinks(kinked: list[np.ndarray]) -> np.ndarray:
+    """Return one point for each panel that was still rough after `SMOOTH_AFTER` rounds.
 
     Parameters
     ----------
-    rounds : list of numpy.ndarray, shapes (3, panels)
-        Ends of the panels of each round of cuts, and their errors.
+    kinked : list of numpy.ndarray, shapes (3, panels)
+        Ends of the panels of each round from then on, and their errors.
 
     Returns
     -------
@@ -296,7 +353,6 @@ def _kinks(rounds: list[np.ndarray]) -> np.ndarray:
         The middle of the worst among the smallest panels inside.
     """
     kinks = []
-    kinked = rounds[SMOOTH_AFTER:]
     for low, high in kinked[0][:2].T if kinked else ():
         inside = [ends[:, (ends[0] >= low) & (ends[1] <= high)] for ends in kinked]
         smallest = [ends for ends in inside if ends.size][-1]
