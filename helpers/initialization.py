@@ -330,8 +330,8 @@ def fixed_variance(
         return start
     rises = first > 0
     near, far = start, start * 2.0 if rises else start * 0.5
-    while growth(far) * first > 0:
-        near, far = far, far * far / near
+    while growth(far) * math.copysign(1, first) > 0:
+        near, far = far, far * (far / near)
         if rises and far > max(1e9, 1e9 * start):
             raise ValueError(f"the variance must stay bounded, got growth without end from {start} on")
         if not rises and far < min(1e-12, 1e-12 * start):

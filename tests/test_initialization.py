@@ -1,8 +1,7 @@
 """The chapter's closed forms, mean-field maps and random networks, each against something that does not use them.
 
 Closed forms are checked by listing all weights and inputs of small layers; maps by SciPy's adaptive quadrature and by
-kernels that are known exactly; networks by a plain loop with the same draws. Statistical tests allow what a right
-program exceeds with probability 1e-6, for all entries of a test together.
+kernels that are known exactly; networks by a plain loop with the same draws.
 """
 
 import itertools
@@ -41,8 +40,8 @@ from helpers.initialization import (
 from helpers.lab.gaussian import second_moment
 from helpers.lab.networks import preactivations, propagate
 from helpers.lab.runtime import generator, rng, seeded
+from tests.statistics import assert_z, moments
 
-FALSE_ALARM = 1e-6
 by_properties = settings(max_examples=60, deadline=None, database=None)
 property_seed = seed(int(rng("test.initialization.properties").integers(2**32)))
 
@@ -64,18 +63,6 @@ def normal_mean(function, *, breaks=(0,)):
         for pair in itertools.pairwise(ends)
     ]
     return sum(parts)
-
-
-def is_standard_normal(z):
-    """Whether no entry of independent z-scores is larger than chance allows."""
-    z = np.atleast_1d(z)
-    return bool((np.abs(z) < stats.norm.isf(FALSE_ALARM / 2 / z.size)).all())
-
-
-def z_score(samples, expected):
-    """Return by how many of its standard errors the mean of each column misses what is expected."""
-    samples = np.asarray(samples)
-    return (samples.mean(0) - expected) / (samples.std(0, ddof=1) / math.sqrt(len(samples)))
 
 
 # Closed forms
@@ -139,7 +126,7 @@ def test_he_variance_is_that_of_kaiming_normal(layer, mode):
     found = torch_variance(nn.init.kaiming_normal_, layer, mode=mode, nonlinearity="relu")
     relative_error = math.sqrt(2 / layer.weight.numel())
     z = (found / he_variance(fan_in if mode == "fan_in" else fan_out) - 1) / relative_error
-    assert is_standard_normal(z)
+    assert_z(z)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -154,7 +141,7 @@ def test_he_variance_bounds_kaiming_uniform(layer):
 def test_glorot_variance_is_that_of_xavier_normal_and_bounds_xavier_uniform(layer):
     variance = glorot_variance(*nn.init._calculate_fan_in_and_fan_out(layer.weight))
     z = (torch_variance(nn.init.xavier_normal_, layer) / variance - 1) / math.sqrt(2 / layer.weight.numel())
-    assert is_standard_normal(z)
+    assert_z(z)
     torch_variance(nn.init.xavier_uniform_, layer)
     assert layer.weight.abs().max().item() == pytest.approx(math.sqrt(3 * variance), rel=1e-3)
 
@@ -474,8 +461,18 @@ def test_limits_of_the_fixed_variance_hold_only_in_the_direction_of_the_iteratio
     scales = {"weight_scale": 1.7}
     found = fixed_variance(torch.tanh, **scales, start=start)
     assert found == pytest.approx(1.7 * normal_mean(lambda z: math.tanh(math.sqrt(found) * z) ** 2), rel=1e-10)
-    assert found > 0.1
     assert fixed_variance(torch.tanh, weight_scale=0.9, start=start) == 0
+
+
+@pytest.mark.parametrize("weight_scale", [1.5, 1.8566, 2.0])  # v* of the second is 0.52
+@pytest.mark.parametrize("start", [1e-13, 1e-200, 1e10])
+def test_a_faint_signal_of_a_tanh_network_grows_to_the_root_that_quadrature_finds(weight_scale, start):
+    def growth(variance):
+        return weight_scale * normal_mean(lambda z: math.tanh(math.sqrt(variance) * z) ** 2) - variance
+
+    expected = optimize.brentq(growth, 0.1, 2.0, xtol=1e-14)
+    assert weight_scale != 1.8566 or round(expected, 4) == 0.52
+    assert fixed_variance(torch.tanh, weight_scale=weight_scale, start=start) == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("bias_variance", [1e-12, 1e-9, 1e-6, 1e-3])
@@ -743,8 +740,8 @@ def test_second_moments_of_relu_networks_are_multiplied_by_the_depth_factor_in_b
         relu_depth_factor(variance, fan_out, 1) for variance, (_, fan_out) in zip(variances[1:], fans[1:], strict=True)
     ]
     backward = 0.5 * np.cumprod([1, *reversed(steps)])[::-1]
-    z = [z_score(found.activations, forward), z_score(found.gradients, backward)]
-    assert is_standard_normal(np.concatenate([*z, z_score(found.preactivations, 2 * forward)]))
+    samples = np.hstack([found.activations, found.gradients, found.preactivations])
+    assert_z(moments(samples).mean.z(np.concatenate([forward, backward, 2 * forward])))
 
 
 def test_fluctuations_of_random_networks_are_those_of_finite_width():
@@ -754,7 +751,7 @@ def test_fluctuations_of_random_networks_are_those_of_finite_width():
     found = propagate(inputs, widths, **options, generator=generator("test.fluctuations"))
     relative = (found.activations / inputs.square().mean()).square()
     expected = [norm_fluctuation(widths[: layer + 1]) for layer in range(3)]
-    assert is_standard_normal(z_score(relative, expected))
+    assert_z(moments(relative).mean.z(expected))
 
 
 def test_norms_of_random_networks_grow_by_the_log_growth():
@@ -771,7 +768,7 @@ def test_kurtosis_of_preactivations_is_that_of_finite_width():
         inputs, (*widths, 1), n_networks=50_000, weight_scale=2.0, generator=generator("test.kurtosis")
     )[-1]
     fourth = (last.detach().flatten() / (2 * inputs.square().mean()).sqrt()) ** 4
-    assert is_standard_normal(z_score(fourth, 3 + deep_excess_kurtosis(widths)))
+    assert_z(moments(fourth).mean.z(3 + deep_excess_kurtosis(widths)))
 
 
 def test_wide_networks_follow_the_mean_field():

@@ -10,10 +10,9 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from scipy import stats
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from helpers.initialization import (
     LayerReport,
@@ -25,21 +24,8 @@ from helpers.initialization import (
 )
 from helpers.lab.runtime import generator, seeded
 from helpers.lab.watch import is_leaf
+from tests.statistics import assert_z, moments
 from tests.zoo import ZOO, apply, changes, fingerprint
-
-FALSE_ALARM = 1e-6
-
-
-def is_standard_normal(z):
-    """Whether no entry of independent z-scores is larger than chance allows."""
-    z = np.atleast_1d(z)
-    return bool((np.abs(z) < stats.norm.isf(FALSE_ALARM / 2 / z.size)).all())
-
-
-def z_score(samples, expected):
-    """Return by how many of its standard errors the mean of each column misses what is expected."""
-    samples = np.asarray(samples)
-    return (samples.mean(0) - expected) / (samples.std(0, ddof=1) / math.sqrt(len(samples)))
 
 
 def batch(*shape, dtype=torch.float64):
@@ -150,8 +136,7 @@ def test_predictions_equal_averages_over_initializations():
         differences.append(
             [(layer.forward - layer.predicted_forward, layer.backward - layer.predicted_backward) for layer in layers]
         )
-    differences = np.array(differences)
-    assert is_standard_normal(z_score(differences, 0).flatten())
+    assert_z(moments(differences).mean.z(0.0))
 
 
 def test_predictions_of_other_activations_follow_the_mean_field():
@@ -397,27 +382,40 @@ def test_lazy_layers_are_refused_until_they_have_a_shape():
 WITHOUT_LAZY = {name: entry for name, entry in ZOO.items() if not entry.lazy}
 
 
+def floating(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def plain_pass(model, inputs):
+    """Return the mean squares of the outputs of layers with parameters and of the gradients by them, by hooks alone."""
+    outputs = []
+
+    def keep(_, __, output):
+        output = tree_map(lambda x: x.detach().requires_grad_() if floating(x) and not x.requires_grad else x, output)
+        outputs.append(next(x for x in tree_leaves(output) if floating(x)))
+        return tree_map(lambda x: x.clone() if floating(x) else x, output)  # a layer behind may work in place
+
+    layers = [module for module in model.modules() if is_leaf(module) and any(True for _ in module.parameters())]
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    result = apply(model, inputs)
+    for handle in handles:
+        handle.remove()
+    source = generator("test.report")
+    total = sum((x * drawn(x.shape, source)).sum() for x in tree_leaves(result) if floating(x))
+    gradients = torch.autograd.grad(total, outputs, materialize_grads=True)
+    return [[x.square().mean().item() for x in tensors] for tensors in (outputs, gradients)]
+
+
 @pytest.mark.parametrize("name", WITHOUT_LAZY)
 def test_every_model_of_the_zoo_is_measured_and_left_alone(name):
-    problem = WITHOUT_LAZY[name].problem()
+    problem, twin = WITHOUT_LAZY[name].problem(), WITHOUT_LAZY[name].problem()
     before = fingerprint(problem.model)
     found = report(problem.model, problem.inputs)
     assert not changes(before, fingerprint(problem.model))
     assert all(math.isfinite(layer.forward) and math.isfinite(layer.backward) for layer in found.layers)
-
-    outputs, handles = [], []
-    leaves = [
-        module for module in problem.model.modules() if is_leaf(module) and any(True for _ in module.parameters())
-    ]
-    for module in leaves:
-        handles.append(
-            module.register_forward_hook(lambda _, __, out: outputs.append(tree_leaves(out)[0].square().mean().item()))
-        )
-    with torch.no_grad():
-        apply(problem.model, problem.inputs)
-    for handle in handles:
-        handle.remove()
-    assert [layer.forward for layer in found.layers] == pytest.approx(outputs, rel=1e-9, abs=1e-300)
+    forward, backward = plain_pass(twin.model, twin.inputs)
+    assert [layer.forward for layer in found.layers] == pytest.approx(forward, rel=1e-9, abs=1e-300)
+    assert [layer.backward for layer in found.layers] == pytest.approx(backward, rel=1e-9, abs=1e-300)
 
 
 def test_what_a_layer_did_decides_and_not_its_type():
@@ -493,6 +491,141 @@ def test_a_single_bad_layer_rings_the_alarm(bad, factor):
     found = report(model, batch(40, 50).float())
     assert found.first_bad_forward == str(2 * bad)
     assert found.first_bad_backward == str(2 * bad - 2)
+
+
+@pytest.mark.parametrize("depth", [4, 6])
+@pytest.mark.parametrize(("factor", "wrong"), [(1e-3, True), (0.11, False), (9.0, False), (1e3, True)])
+def test_a_bad_first_layer_rings_the_alarm_though_it_scales_all_values_alike(depth, factor, wrong):
+    model = deep_model(math.sqrt(he_variance(50)), depth=depth)
+    with torch.no_grad():
+        model[0].weight *= factor
+    found = report(model, batch(40, 50).float())
+    scale = 50 * model[0].weight.double().square().mean().item()
+    assert found.layers[0].weight_scale == pytest.approx(scale, rel=1e-6)
+    assert found.first_bad_forward == ("0" if wrong else None)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_a_first_convolution_is_compared_with_convolutions(factor):
+    with seeded("test.report.convolutions"):
+        layers = [module for _ in range(4) for module in (nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 36, 10))
+        for layer in model[:-2:2]:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    images = batch(6, 8, 6, 6).float()
+    assert report(model, images).first_bad_forward is None
+    with torch.no_grad():
+        model[0].weight *= factor
+    assert report(model, images).first_bad_forward == "0"
+
+
+@pytest.mark.parametrize(
+    ("activation", "nonlinearity", "head"), [(nn.ReLU, "relu", 1), (nn.Tanh, "tanh", 10), (nn.ReLU, "relu", 1000)]
+)
+@pytest.mark.parametrize("factor", [1e-4, 1.0])
+def test_heads_of_any_size_ring_no_alarm_for_gradients(activation, nonlinearity, head, factor):
+    with seeded("test.report.heads"):
+        layers = [module for _ in range(5) for module in (nn.Linear(100, 100), activation())]
+        model = nn.Sequential(*layers, nn.Linear(100, head))
+        for layer in model[:-1:2]:
+            nn.init.normal_(layer.weight, std=nn.init.calculate_gain(nonlinearity) / 10)
+        with torch.no_grad():
+            model[-1].weight *= factor
+    assert report(model, batch(50, 100).float()).first_bad_backward is None
+
+
+class Centered(nn.Conv1d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2), keepdim=True)
+        return F.conv1d(x, weight, self.bias)
+
+
+class Bounded(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).clamp(-1, 1)
+
+
+def hooked():
+    layer = nn.Linear(4, 4)
+    layer.register_forward_hook(lambda _, __, output: 2 * output)
+    return layer
+
+
+@pytest.mark.parametrize("odd", [Centered(4, 4, 1), Bounded(4, 4), hooked()], ids=["centered", "bounded", "hooked"])
+def test_layers_that_only_look_like_their_type_are_measured_and_not_predicted(odd):
+    model = double(nn.Sequential(odd, nn.Tanh()))
+    inputs = batch(6, 4, 1) if isinstance(odd, nn.Conv1d) else batch(6, 4)
+    [found] = report(model, inputs).layers
+    assert found.forward == pytest.approx(model[0](inputs).square().mean().item(), rel=1e-12)
+    theory = found.fan_in, found.fan_out, found.predicted_forward, found.predicted_backward, found.weight_scale
+    assert all(map(math.isnan, theory))
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x, y):
+        return self.layer(x + y)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rule"),
+    [
+        ({"x": torch.ones(2, 3), "y": torch.full((2, 3), math.nan)}, "inputs must be finite, got nan"),
+        ((torch.full((2, 3), math.inf), torch.ones(2, 3)), "inputs must be finite, got inf"),
+        ([torch.ones(2, 3), torch.ones(0, 3)], "inputs must hold at least one example, got shape (0, 3)"),
+        ((torch.ones(3), torch.ones(3)), "examples along dimension 0, got an input of shape (3,) at layer layer"),
+        (iter([]), "inputs must hold at least one batch, got an empty iterable"),
+        (5, "inputs must be tensors or an iterable of batches, got int"),
+    ],
+)
+def test_inputs_of_other_forms_out_of_range_are_refused(inputs, rule):
+    with pytest.raises(ValueError, match=f"{re.escape(rule)}$"):
+        report(Sum(), inputs)
+
+
+def test_the_first_batch_of_a_loader_is_taken_and_no_random_state_moves():
+    model, inputs = small_model(), batch(6, 3)
+    data = torch.utils.data.TensorDataset(inputs.cpu(), torch.zeros(6))
+    expected, before = values_of(report(model, inputs[:4])), torch.get_rng_state()
+    for loader in (torch.utils.data.DataLoader(data, batch_size=4), [[inputs[:4]], [inputs]].__iter__()):
+        assert values_of(report(model, loader)) == expected
+    report(model, torch.utils.data.DataLoader(data, batch_size=4, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("form", [list, lambda pair: dict(zip("xy", pair, strict=True))], ids=["list", "mapping"])
+def test_lists_and_mappings_are_arguments_as_tuples_are(form):
+    model, pair = double(Sum()), (batch(4, 3), batch(4, 3))
+    assert values_of(report(model, form(pair))) == values_of(report(model, pair))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_measured_and_not_predicted(dtype):
+    model, inputs = small_model(), batch(6, 3)
+    expected = report(model, inputs).layers
+    found = report(model.to(dtype), inputs.to(dtype)).layers
+    rounding = 20 * torch.finfo(dtype).eps  # of two layers, squared
+    assert [x.forward for x in found] == pytest.approx([x.forward for x in expected], rel=rounding)
+    assert all(layer.backward > 0 for layer in found)
+    assert all(math.isnan(x) for layer in found for x in (layer.fan_in, layer.predicted_forward, layer.weight_scale))
+
+
+def test_predictions_begin_anew_behind_dropout_in_training():
+    model = double(nn.Sequential(nn.Linear(3, 50), nn.Dropout(0.5), nn.Linear(50, 4)))
+    inputs = batch(6, 3)
+    with seeded("test.report.dropout"):
+        state = torch.get_rng_state()
+        first, second = report(model, inputs).layers
+        torch.set_rng_state(state)
+        with torch.no_grad():
+            dropped = model[:2](inputs)
+    w, b = model[2].weight.square().mean().item(), model[2].bias.square().mean().item()
+    assert second.predicted_forward == pytest.approx(50 * w * dropped.square().mean().item() + b, rel=1e-10)
+    assert math.isnan(first.predicted_backward)
 
 
 def test_report_prints_a_table():
