@@ -676,9 +676,10 @@ def propagation_report(
     """
     if not limit > 1:
         raise ValueError(f"limit must be above 1, got {limit}")
-    with untouched(model), torch.inference_mode(False), torch.enable_grad():
+    with untouched(nn.Identity()):  # a loader that shuffles draws from the global random state
         inputs = _first_batch(inputs, generator.device)
-        _require_batch(inputs, generator)
+    _require_batch(inputs, generator)
+    with untouched(model), torch.inference_mode(False), torch.enable_grad():
         calls, output, readout = _run(model, inputs, generator)
         gradients = output_gradients(_read(output, readout), calls)
         links = [_link(call, gradient) for call, gradient in zip(calls, gradients, strict=True)]
