@@ -94,6 +94,7 @@ def variance_floor(std: FloatOrArray, correlation: FloatOrArray) -> FloatOrArray
         If `std` is not positive or `correlation` outside [0, 1].
     """
     require_positive(std=std)
+    _refuse_estimate(correlation)
     require_between(0, 1, correlation=correlation)
     return correlation * std**2
 
@@ -129,7 +130,7 @@ def effective_batch_size(batch_size: FloatOrArray, correlation: FloatOrArray) ->
     Raises
     ------
     ValueError
-        If `batch_size` is below 1 or `correlation` outside ``[-1/(m-1), 1]``.
+        If `batch_size` is below 1 or `correlation` outside ``[-1/(m-1), 1]`` or an `Estimate` instead of a number.
     """
     with np.errstate(divide="ignore"):
         return np.divide(1, equicorrelated_variance(1.0, batch_size, correlation))
@@ -155,7 +156,8 @@ def required_batch_size(std: float, standard_error: float, correlation: float = 
     Raises
     ------
     ValueError
-        If no batch is large enough because ``s² <= ρσ²``, or an argument is out of range.
+        If no batch is large enough because ``s² <= ρσ²``, an argument is out of range, or `correlation` is an
+        `Estimate` instead of a number.
 
     Examples
     --------
@@ -518,8 +520,9 @@ def intraclass_correlation(losses: Losses) -> Estimate:
     Parameters
     ----------
     losses : array of shape (n_batches, batch_size), or sequence of 1-d arrays
-        Losses on your own network, one row or array a batch; different batches must be independent. Batches may differ
-        in size, and be as short as one loss. At least 60 batches.
+        Losses of one fixed network (``model.eval()``, ``torch.no_grad()``, ``reduction="none"``), one row or array a
+        batch. Batches may differ in size, and be as short as one loss. At least 60 batches. Drop padded tokens first,
+        ``loss[mask]``.
 
     Returns
     -------
@@ -534,8 +537,15 @@ def intraclass_correlation(losses: Losses) -> Estimate:
     Raises
     ------
     ValueError
-        If there are fewer than 60 batches, all of one loss, a loss is NaN or infinite, losses do not vary, or all
-        variation within batches, or between them, comes from one batch.
+        If there are fewer than 60 batches, all of one loss, a loss is NaN or infinite, losses are a masked array or do
+        not vary, or all variation within batches, or between them, comes from one batch.
+
+    Notes
+    -----
+    Different batches must be independent. One shuffled epoch is fine; consecutive batches of a reader that does not
+    shuffle are not. Tokens of one sequence are grouped: they share more with each other than with the rest of the
+    batch, so that ρ is an average over pairs and depends on the number of sequences. Measure at two batch sizes: if ρ
+    falls as the batch grows, the floor ``ρσ²`` and the cap ``1/ρ`` do not hold.
 
     Examples
     --------
@@ -723,6 +733,11 @@ def _batch_statistics(losses: Losses) -> tuple[np.ndarray, np.ndarray, np.ndarra
     batches, dimensions = ([losses], 2) if isinstance(losses, torch.Tensor | np.ndarray) else (list(losses), 1)
     if not batches:
         raise ValueError("losses must hold batches, got none")
+    if any(np.ma.isMaskedArray(batch) for batch in batches):
+        raise ValueError(
+            "losses must not be masked arrays, whose masked entries would count: pass a sequence of "
+            f"batch.compressed(), got a {type(losses).__name__}"
+        )
     batches = [torch.as_tensor(batch, dtype=torch.float64).detach() for batch in batches]
     for batch in batches:
         if batch.ndim != dimensions or not batch.shape[-1]:
@@ -782,7 +797,17 @@ def _require_alpha(alpha: float) -> None:
         raise ValueError(f"alpha must lie in (0, 2], got {alpha}")
 
 
+def _refuse_estimate(correlation: FloatOrArray) -> None:
+    # Which of the two is meant cannot be guessed: a negative estimate is often an estimate of 0.
+    if isinstance(correlation, Estimate):
+        raise ValueError(
+            "correlation must be a number: pass the estimate's .value, or max(estimate.value, 0) for a negative one, "
+            f"got {correlation}"
+        )
+
+
 def _require_correlation(correlation: FloatOrArray, batch_size: FloatOrArray) -> None:
+    _refuse_estimate(correlation)
     low = smallest_correlation(batch_size)
     correlation = np.asarray(correlation)
     if not ((correlation >= low * (1 + 1e-12)) & (correlation <= 1)).all():

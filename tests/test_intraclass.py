@@ -22,6 +22,7 @@ from helpers.minibatch_loss import (
     effective_batch_size,
     equicorrelated_losses,
     intraclass_correlation,
+    required_batch_size,
 )
 from tests.statistics import assert_share, assert_standard
 
@@ -295,6 +296,28 @@ def test_no_batches_are_refused():
 def test_batches_of_one_loss_are_refused():
     with pytest.raises(ValueError, match="needs batches of at least 2 losses, got one loss in each"):
         intraclass_correlation(correlated_losses(60, 1, "test.icc.one"))
+
+
+@tools
+@pytest.mark.parametrize("form", [lambda masked: masked, list], ids=["matrix", "sequence"])
+def test_masked_losses_are_refused(tool, form):
+    losses = correlated_losses(60, 3, "test.icc.masked").numpy()
+    masked = np.ma.masked_greater(losses, np.median(losses))
+    with pytest.raises(ValueError, match=r"losses must not be masked arrays, .* got a (MaskedArray|list)"):
+        tool(form(masked))
+
+
+@pytest.mark.parametrize("value", [0.03, -0.002])
+@pytest.mark.parametrize(
+    "tool",
+    [lambda rho: effective_batch_size(32, rho), lambda rho: required_batch_size(0.8, 0.3, rho)],
+    ids=["effective", "required"],
+)
+def test_an_estimate_in_place_of_a_correlation_is_refused(tool, value):
+    estimate = Estimate(value=value, stderr=0.005, n=100, skewness=0.1)
+    with pytest.raises(ValueError, match=r"pass the estimate's \.value, or max\(estimate\.value, 0\) for a negative"):
+        tool(estimate)
+    assert tool(max(estimate.value, 0)) > 1
 
 
 @pytest.mark.parametrize("position", [(0, 0), (2, 1)])
