@@ -218,6 +218,13 @@ def norm_fluctuation(widths: Sequence[int]) -> float:
     ------
     ValueError
         If a width is below 1.
+
+    Examples
+    --------
+    Thirty layers of 64 units: the mean square of the squared norm is ten times its squared mean.
+
+    >>> round(norm_fluctuation([64] * 30), 1)
+    9.6
     """
     require_at_least_one(widths=np.asarray(widths))
     return float(np.prod(1 + 5 / np.asarray(widths, dtype=np.float64)))

@@ -79,5 +79,5 @@ def test_a_wheel_shows_a_chapters_table_in_an_empty_folder(tmp_path):
         check=True,
     )
     assert "minibatch_loss.unbiased" in run.stdout
-    assert "Independent losses average out" in run.stdout
+    assert "For independent losses Var(L̂_m) = σ²/m" in run.stdout
     assert run.stdout.splitlines()[-1] == str(site)
