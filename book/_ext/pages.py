@@ -13,6 +13,7 @@ from formulas import reserve_widths
 from front import PREREQUISITES
 from helpers.lab.reading import length_of
 from icons import trim_icons
+from pictures import shrink_pictures
 from scripts import choose_scripts, copy_scripts
 
 # Names, punctuation and spaces of code have the color of the code around them.
@@ -101,6 +102,7 @@ def setup(app):
     app.connect("html-page-context", choose_scripts, priority=900)
     app.connect("html-page-context", polish_text, priority=900)
     app.connect("build-finished", finish)
+    app.connect("build-finished", shrink_pictures)
     app.add_node(fold, html=(visit_fold, depart_fold))
     app.add_post_transform(FoldCells)
     app.add_post_transform(GroupClaims)

@@ -40,8 +40,11 @@ def direction(at):
 
 
 def one_sided_problem(at):
-    """With one label only, the gradient is large beside its noise."""
-    return problem(at, 60) | {"targets": torch.zeros(60, dtype=torch.int64, device=at.device)}
+    """With one label and inputs that differ little, a linear layer's gradient is large beside its noise."""
+    model = nn.Sequential(nn.Linear(3, 2, dtype=torch.float64, device=at.device))
+    alike = 3 + 0.1 * at.normal(600, 3)
+    labels = torch.zeros(600, dtype=torch.int64, device=at.device)
+    return {"model": model, "loss": cross_entropy, "inputs": alike, "targets": labels}
 
 
 def squared_norms(at):
