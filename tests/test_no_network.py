@@ -4,6 +4,7 @@ Every script carries a guard that stops at the system's door whatever the hook l
 packet to another machine, not even one that fails.
 """
 
+import json
 import os
 import re
 import shlex
@@ -113,11 +114,32 @@ def refusal(host):
 # What is refused
 
 
+ONE_BY_ONE = """
+import contextlib, io, json, sitecustomize
+for statement, program in json.loads({programs!r}).items():
+    before = len(sitecustomize.refused)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(program)
+    result = [statement, printed.getvalue().strip(), sitecustomize.refused[before:]]
+    print(json.dumps(result, default=bytes.decode))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """Of each statement, tried in one process after another, what was printed and which hosts were refused."""
+    statements = [statement for statement, _ in REFUSED + (REFUSED_IPV6 if has_ipv6() else [])]
+    programs = json.dumps({statement: REPORT.format(statement=statement) for statement in statements})
+    lines = run(GUARD + ONE_BY_ONE.format(programs=programs), status=1).splitlines()
+    return {statement: (printed, refused) for statement, printed, refused in map(json.loads, lines)}
+
+
 @pytest.mark.parametrize(
     ("statement", "host"), [*REFUSED, *(pytest.param(*case, marks=needs_ipv6) for case in REFUSED_IPV6)]
 )
-def test_other_machines_are_refused_by_name(statement, host):
-    printed = outcome(statement)
+def test_other_machines_are_refused_by_name(outcomes, statement, host):
+    printed, refused = outcomes[statement]
+    assert set(refused) == {host}  # so that it would have failed its process
     if "urlopen" in statement:
         # urllib wraps every OSError in a URLError, whose text holds the first one's.
         assert re.fullmatch(r"URLError: <urlopen error the book runs without a network: refused to reach .*>", printed)
@@ -275,54 +297,64 @@ def test_make_test_runs_the_notebooks_without_a_network():
     assert ROOT / pythonpath_of_make_test() == FOLDER
 
 
-def nbval(folder, outputs):
-    """Run, by nbval and as `make test` does, a notebook that catches the refusal, and stores these outputs."""
+SAID = nbformat.v4.new_output("stream", name="stderr", text=refusal("192.0.2.1").partition(": ")[2] + "\n")
+CAUGHT = nbformat.v4.new_output("stream", name="stdout", text=refusal("192.0.2.1") + "\n")
+
+
+@pytest.fixture(scope="module")
+def nbval(tmp_path_factory):
+    """What nbval, run as by `make test`, prints of notebooks that catch the refusal and stored the one or the other."""
     # nbval starts a kernel in its notebook's folder, where a relative path leads nowhere.
+    folder = tmp_path_factory.mktemp("notebooks")
     code = GUARD + "import socket" + REPORT.format(statement="socket.socket().connect(('192.0.2.1', 80))")
-    cell = nbformat.v4.new_code_cell(code, execution_count=1, outputs=outputs)
-    path = folder / "reaching.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    for name, outputs in {"both": [SAID, CAUGHT], "silent": [CAUGHT]}.items():
+        cell = nbformat.v4.new_code_cell(code, execution_count=1, outputs=outputs)
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / f"{name}.ipynb")
+    options = ["-q", "-rA", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env"]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env", str(path)],
+        [sys.executable, "-m", "pytest", *options, str(folder)],
         cwd=ROOT,
         env=environment(pythonpath_of_make_test()),
         capture_output=True,
         text=True,
         timeout=120,
-    )
+    ).stdout
 
 
-SAID = nbformat.v4.new_output("stream", name="stderr", text=refusal("192.0.2.1").partition(": ")[2] + "\n")
-CAUGHT = nbformat.v4.new_output("stream", name="stdout", text=refusal("192.0.2.1") + "\n")
+def test_kernels_of_make_test_are_without_a_network_in_whatever_folder_they_start(nbval):
+    assert re.search("^PASSED .*both.ipynb::Cell 0$", nbval, re.MULTILINE), nbval
 
 
-def test_kernels_of_make_test_are_without_a_network_in_whatever_folder_they_start(tmp_path):
-    process = nbval(tmp_path, [SAID, CAUGHT])
-    assert process.returncode == 0, process.stdout
-
-
-def test_an_attempt_that_a_notebook_caught_fails_its_cell(tmp_path):
-    process = nbval(tmp_path, [CAUGHT])
-    assert process.returncode == 1, process.stdout
-    assert "stderr" in process.stdout
+def test_an_attempt_that_a_notebook_caught_fails_its_cell(nbval):
+    assert re.search("^FAILED .*silent.ipynb::Cell 0", nbval, re.MULTILINE), nbval
+    assert "stderr" in nbval
 
 
 def test_an_attempt_that_a_test_caught_fails_it(tmp_path):
     (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
-    code = GUARD + "import socket\n\ndef test_a():\n    STATEMENT\n\ndef test_b():\n    pass\n"
-    caught = "try: socket.socket().connect(('192.0.2.1', 80))\n    except OSError: pass"
-    for statement, summary in (("pass", "2 passed"), (caught, "2 passed, 1 error")):
-        (tmp_path / "test_reaching.py").write_text(code.replace("STATEMENT", statement), encoding="utf-8")
-        process = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert summary in process.stdout
-    assert "the test tried to reach ['192.0.2.1']" in process.stdout
+    code = """
+def test_before():
+    pass
+
+def test_reaching():
+    try: socket.socket().connect(('192.0.2.1', 80))
+    except OSError: pass
+
+def test_after():
+    pass
+"""
+    (tmp_path / "test_reaching.py").write_text(f"{GUARD}import socket\n{code}", encoding="utf-8")
+    printed = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", str(tmp_path)],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    assert re.findall(r"^ERROR test_reaching\.py::(\w+)", printed, re.MULTILINE) == ["test_reaching"], printed
+    assert "3 passed, 1 error" in printed
+    assert "the test tried to reach ['192.0.2.1']" in printed
 
 
 # Controls
