@@ -1031,15 +1031,15 @@ def _floyd(n_batches: int, batch_size: int, population_size: int, generator: tor
     # The smallest type that holds N: comparing pairs is a matter of memory traffic.
     fits = next(x for x in (torch.int16, torch.int32, torch.int64) if population_size <= torch.iinfo(x).max)
     batches = torch.empty((batch_size, n_batches), dtype=fits, device=generator.device)
-    for j, drawn in enumerate(batches):
-        last = population_size - batch_size + j
+    first = population_size - batch_size
+    for last, drawn in enumerate(batches, start=first):
         if population_size < 2**16:  # 32 random bits modulo last + 1: no example is likelier by more than N/2³²
             drawn.random_(0, last + 1, generator=generator)
         else:
             drawn.copy_(torch.empty_like(drawn, dtype=torch.float64).uniform_(0, last + 1, generator=generator))
-        if j:
-            nearest = (batches[:j] ^ drawn).amin(0)  # 0 if one of the earlier is the same; far faster than == and any
-            drawn.masked_fill_(nearest.logical_not(), last)
+    rows = batches.numpy() if batches.is_cpu else batches  # NumPy compares in a third of the time of PyTorch
+    for j in range(1, batch_size):
+        rows[j][(rows[:j] == rows[j]).any(0)] = first + j
     return batches
 
 
