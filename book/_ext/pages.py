@@ -21,7 +21,8 @@ PLAIN_CODE = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')
 # Browsers would begin a line with the comma behind a formula.
 FORMULA_AND_MARK = re.compile(r'(<span class="math [^>]*>[^<]*</span>[,.;:!?)]+)')
 FIGURE = re.compile(r'(<div class="slider-figure"[^>]*)(><script[^>]*>)(.*?)(?=</script>)', re.DOTALL)
-PICTURE = re.compile(r'<img ([^>]*src="[^"]*_images/([^"/]+\.png)")')
+PICTURE = re.compile(r'<img ([^>]*src="[^"]*_images/([^"/]+\.(?:png|svg))")')
+VIEW_BOX = re.compile(r'<svg[^>]* viewBox="\S+ \S+ (\S+) (\S+)"')
 DOTS_PER_PIXEL = 2  # at which the 11 points of a figure's text are 11 pixels
 
 # What the theme offers once it knows where the book's repository is.
@@ -82,6 +83,12 @@ def _reserve(figure):
 
 def _with_size(found, source):
     """Say how large a picture is, so that nothing moves when it comes, and how wide on a phone."""
+    if source.suffix == ".svg":
+        view_box = VIEW_BOX.search(source.read_text(encoding="utf-8"))
+        if view_box is None:
+            raise ValueError(f"a drawing must have a viewBox, which {source.name} has not")
+        width, height = view_box.groups()
+        return f'<img width="{width}" height="{height}" {found[1]}'
     with Image.open(source) as picture:
         width, height = picture.size
     style = f"--readable-width: {width / DOTS_PER_PIXEL:g}px"

@@ -16,6 +16,7 @@ WATCH_SHIFTS = """
   new PerformanceObserver(list => list.getEntries().forEach(entry => (window.shift += entry.value)))
     .observe({type: "layout-shift", buffered: true});
 """
+TWO_FRAMES = "new Promise(painted => requestAnimationFrame(() => requestAnimationFrame(painted)))"
 
 
 class ByPage(LoadScopeScheduling):
@@ -51,10 +52,13 @@ def browser():
 
 @pytest.fixture(scope="session")
 def open_page(browser, site):
-    """Return a function that opens a page of the book; the page then holds what went wrong in `troubles`."""
+    """Return a function that opens a page of the book; the page then holds what went wrong in `troubles`.
 
-    def open_(path, *, address=site):
-        page, troubles = browser.new_page(viewport=WIDE, color_scheme="light"), []
+    Pictures come after the text is painted, as on a slow network.
+    """
+
+    def open_(path, *, address=site, viewport=WIDE):
+        page, troubles = browser.new_page(viewport=viewport, color_scheme="light"), []
 
         def route(route):
             if route.request.url.startswith((address, "data:", "blob:")):
@@ -65,11 +69,18 @@ def open_page(browser, site):
 
         page.add_init_script(WATCH_SHIFTS)
         page.route("**/*", route)
+        pictures = []
+        page.route("**/_images/**", lambda route: pictures.append(route))
         page.on("console", lambda message: message.type == "error" and troubles.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: troubles.append(f"script: {error}"))
         page.on("requestfailed", lambda request: troubles.append(f"failed: {request.url}"))
         page.on("response", lambda answer: answer.status >= 400 and troubles.append(f"{answer.status}: {answer.url}"))
-        page.goto(f"{address}/{path}", wait_until="load")
+        page.goto(f"{address}/{path}", wait_until="domcontentloaded")
+        page.evaluate(TWO_FRAMES)
+        page.unroute("**/_images/**")
+        for picture in pictures:
+            picture.continue_()
+        page.wait_for_load_state("load")
         page.wait_for_function("!window.MathJax?.startup || window.MathJax.startup.promise.then(() => true)")
         page.troubles = troubles
         return page

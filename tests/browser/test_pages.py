@@ -109,6 +109,13 @@ def test_what_a_page_loads_late_has_its_place(page):
     assert page.evaluate("window.shift") < 0.01
 
 
+def test_what_a_phone_loads_late_has_its_place(open_page):
+    page = open_page(CHAPTER, viewport=PHONE)
+    bytes_of(page)
+    assert page.evaluate("window.shift") < 0.01
+    page.close()
+
+
 @of_chapters
 def test_text_in_pictures_is_readable_on_a_phone(page):
     dress(page, PHONE, "light")
