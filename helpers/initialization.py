@@ -217,7 +217,7 @@ def norm_fluctuation(widths: Sequence[int]) -> float:
     Raises
     ------
     ValueError
-        If a width is below 1.
+        If `widths` is no sequence, or a width is not a whole number from 1 on.
 
     Examples
     --------
@@ -226,8 +226,11 @@ def norm_fluctuation(widths: Sequence[int]) -> float:
     >>> round(norm_fluctuation([64] * 30), 1)
     9.6
     """
-    require_at_least_one(widths=np.asarray(widths))
-    return float(np.prod(1 + 5 / np.asarray(widths, dtype=np.float64)))
+    widths = np.asarray(widths)
+    if widths.ndim != 1:
+        raise ValueError(f"widths must be a sequence, one for each layer, got {widths}")
+    _require_whole(widths=widths)
+    return float(np.prod(1 + 5 / widths))
 
 
 def deep_excess_kurtosis(widths: Sequence[int]) -> float:
@@ -259,7 +262,7 @@ def log_growth(fan_in: int, width: int) -> float:
     Raises
     ------
     ValueError
-        If a count is below 1.
+        If a count is not a whole number from 1 on.
 
     Examples
     --------
@@ -268,10 +271,17 @@ def log_growth(fan_in: int, width: int) -> float:
     >>> round(math.exp(30 * log_growth(64, 64)), 2)
     0.3
     """
-    require_at_least_one(fan_in=fan_in, width=width)
+    _require_whole(fan_in=fan_in, width=width)
     open_units = np.arange(1, width + 1)
     probabilities = stats.binom.pmf(open_units, width, 0.5) / (1 - 0.5**width)
     return float(probabilities @ (special.digamma(open_units / 2) + math.log(4 / fan_in)))
+
+
+def _require_whole(**counts: int | np.ndarray) -> None:
+    require_at_least_one(**counts)
+    for name, count in counts.items():
+        if (np.asarray(count) % 1).any():
+            raise ValueError(f"{name} must be whole, got {count}")
 
 
 # Mean-field maps: networks of infinite width, whose preactivations are normal
@@ -504,7 +514,8 @@ def edge_of_chaos(activation: Activation, variance: float) -> Scales:
     Raises
     ------
     ValueError
-        If `variance` is not positive, or σ_b² would be negative: then no network is critical there.
+        If `variance` is not positive; if the activation is flat almost everywhere, or σ_b² would be negative: then no
+        network is critical there.
 
     Examples
     --------
@@ -513,7 +524,9 @@ def edge_of_chaos(activation: Activation, variance: float) -> Scales:
     (1.688, 0.038)
     """
     require_positive(variance=variance)
-    weight_scale = 1 / chi(activation, variance, weight_scale=1.0)
+    slope = slope_moment(activation, variance)
+    require_positive(mean_square_slope=slope)
+    weight_scale = 1 / slope
     bias_variance = variance - weight_scale * second_moment(activation, variance)
     if bias_variance < -1e-12 * variance:
         raise ValueError(
@@ -643,7 +656,8 @@ def propagation_report(
         Any; it is left as it was.
     inputs : torch.Tensor, tuple, list or mapping of tensors, or an iterable of batches such as a ``DataLoader``
         A batch of your data, examples along dimension 0, on the device of the model: ``model(x)``, ``model(*inputs)``
-        or ``model(**inputs)``. Of an iterable, the first batch, ``(inputs, targets)`` or inputs alone.
+        or ``model(**inputs)``, so without targets. Of any other iterable, the first batch, ``(inputs, targets)`` or
+        inputs alone.
     generator : torch.Generator
         Draws the readout whose gradient is propagated: independent N(0, 1) weights of all outputs.
     limit : float
@@ -672,7 +686,8 @@ def propagation_report(
     ------
     ValueError
         If inputs hold no example, lack the batch dimension or are not finite; if the model calls no layer with
-        parameters or has lazy ones; if `limit` is not above 1, or the generator is on another device.
+        parameters, has lazy ones, or returns no floating-point tensor; if `limit` is not above 1, or the generator is
+        on another device.
 
     Examples
     --------
@@ -722,6 +737,8 @@ class _Link(NamedTuple):
 
 
 def _first_batch(inputs: torch.Tensor | Sequence | Mapping | Iterable, device: torch.device) -> Any:
+    if isinstance(inputs, np.ndarray):
+        raise ValueError(f"inputs must be tensors or an iterable of batches, got an array of shape {inputs.shape}")
     if not isinstance(inputs, torch.Tensor | tuple | list | Mapping):
         inputs = next(batches_of(inputs, None, device)).inputs
     return dict(inputs) if isinstance(inputs, Mapping) else inputs
@@ -737,6 +754,8 @@ def _run(
         else:
             output = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
     outputs = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    if calls and not outputs:
+        raise ValueError("model must return floating-point tensors, alone or in tuples, lists or dicts, got none")
     for call in calls:
         dimensions = len(getattr(call.layer, "kernel_size", ())) + 2 if isinstance(call.layer, CONVOLUTIONAL) else 2
         if isinstance(call.layer, (nn.Linear, *CONVOLUTIONAL)) and call.inputs[0].ndim < dimensions:
@@ -903,7 +922,10 @@ def _mean_square(x: torch.Tensor) -> float:
 
 
 def _require_batch(inputs: torch.Tensor | tuple | list | dict, generator: torch.Generator) -> None:
-    for x in (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)):
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        raise ValueError(f"inputs must hold at least one tensor, got {inputs}")
+    for x in tensors:
         require_same_device(generator, inputs=x)
         if x.ndim == 0 or x.numel() == 0:
             raise ValueError(f"inputs must hold at least one example, got shape {tuple(x.shape)}")

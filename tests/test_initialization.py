@@ -252,6 +252,10 @@ def test_fluctuations_take_any_sequence_and_return_a_number(function):
         (lambda: deep_excess_kurtosis([-3]), "widths must be at least 1, got [-3]"),
         (lambda: log_growth(0, 3), "fan_in must be at least 1, got 0"),
         (lambda: log_growth(3, 0), "width must be at least 1, got 0"),
+        (lambda: log_growth(3, 4.5), "width must be whole, got 4.5"),
+        (lambda: log_growth(2.5, 4), "fan_in must be whole, got 2.5"),
+        (lambda: norm_fluctuation([3, 4.5]), "widths must be whole, got [3.  4.5]"),
+        (lambda: norm_fluctuation(64), "widths must be a sequence, one for each layer, got 64"),
     ],
 )
 def test_closed_forms_refuse_what_is_impossible(call, rule):
@@ -711,6 +715,13 @@ def test_edge_of_chaos_is_refused_where_no_network_is_critical():
         edge_of_chaos(steep, 1.0)
     with pytest.raises(ValueError, match=r"^no network is critical"):
         edge_of_chaos(lambda z: torch.relu(z) + 1e-8, 1.0)
+    with pytest.raises(ValueError, match=r"^mean_square_slope must be positive and finite, got 0\.0$"):
+        edge_of_chaos(torch.sign, 1.0)
+
+
+def test_no_layers_fluctuate_not_at_all():
+    assert norm_fluctuation([]) == 1
+    assert deep_excess_kurtosis([]) == 0
 
 
 # Random networks, beside the closed forms and the maps

@@ -369,6 +369,20 @@ def test_a_model_without_parameters_is_refused(model):
         report(model, batch(6, 3))
 
 
+def test_a_model_that_returns_no_floating_point_tensor_is_refused():
+    class Labels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.layer(x).argmax(1)
+
+    rule = "model must return floating-point tensors, alone or in tuples, lists or dicts, got none"
+    with pytest.raises(ValueError, match=f"^{rule}$"):
+        report(Labels(), torch.ones(6, 3))
+
+
 def test_lazy_layers_are_refused_until_they_have_a_shape():
     problem = ZOO["lazy"].problem()
     with pytest.raises(ValueError, match="call the model once"):
@@ -580,6 +594,8 @@ class Sum(nn.Module):
         ((torch.ones(3), torch.ones(3)), "examples along dimension 0, got an input of shape (3,) at layer layer"),
         (iter([]), "inputs must hold at least one batch, got an empty iterable"),
         (5, "inputs must be tensors or an iterable of batches, got int"),
+        ([], "inputs must hold at least one tensor, got []"),
+        (np.ones((2, 3)), "inputs must be tensors or an iterable of batches, got an array of shape (2, 3)"),
     ],
 )
 def test_inputs_of_other_forms_out_of_range_are_refused(inputs, rule):
