@@ -560,7 +560,7 @@ def intraclass_correlation(losses: Losses) -> Estimate:
     anova = _analysis_of_variance(losses)
     low, high = anova.correlation(anova.log_interval)
     value = anova.correlation(anova.log_ratio)
-    stderr = max(high - value, value - low) / stats.norm.ppf((1 + COVERAGE) / 2)
+    stderr = max(high - value, value - low) / special.ndtri((1 + COVERAGE) / 2)
     return Estimate(value, stderr, anova.n_batches, anova.skewness)
 
 
@@ -720,10 +720,10 @@ def _jackknife(value: float, left_out: np.ndarray, least_stderr: float) -> tuple
     influence = (n - 1) * (left_out.mean() - left_out)
     z = influence / max(influence.std(), np.finfo(np.float64).tiny)
     skewness, excess_kurtosis = (z**3).mean(), (z**4).mean() - 3
-    quantile = stats.norm.ppf((1 + COVERAGE) / 2)
+    quantile = special.ndtri((1 + COVERAGE) / 2)
     edgeworth = skewness**2 * (quantile**4 + 2 * quantile**2 - 3) / 18 - excess_kurtosis * (quantile**2 - 3) / 12
     stderr = max(influence.std() / math.sqrt(n - 1), least_stderr)
-    arm = stats.t.ppf((1 + COVERAGE) / 2, n - 1) * stderr * (1 + edgeworth / n)
+    arm = special.stdtrit(n - 1, (1 + COVERAGE) / 2) * stderr * (1 + edgeworth / n)
     unbiased = n * value - (n - 1) * left_out.mean()
     return np.array([unbiased - arm, unbiased + arm]), skewness
 

@@ -204,14 +204,10 @@ def test_upper_end_is_infinite_where_the_lowest_correlation_is_impossible_for_so
 
 
 def covers(stream, repetitions, n_batches, batch_size, marginal, correlation):
-    """Return for each repetition whether ± 2 standard errors, and whether the interval, cover the correlation."""
+    """Return for each repetition whether the interval covers the correlation; ± 2 standard errors contain it."""
     whole = correlated_losses(repetitions * n_batches, batch_size, stream, marginal, correlation)
-    hits = []
-    for losses in whole.split(n_batches):
-        estimate = intraclass_correlation(losses)
-        low, high = correlation_interval(losses)
-        hits.append((abs(estimate.value - correlation) <= 2 * estimate.stderr, low <= correlation <= high))
-    return np.array(hits)
+    intervals = np.array([correlation_interval(losses) for losses in whole.split(n_batches)])
+    return (intervals[:, 0] <= correlation) & (correlation <= intervals[:, 1])
 
 
 CASES = [
@@ -225,9 +221,15 @@ CASES = [
 @pytest.mark.parametrize(("n_batches", "batch_size", "marginal", "correlation", "repetitions"), CASES)
 def test_intervals_cover_at_least_93_percent(n_batches, batch_size, marginal, correlation, repetitions):
     stream = f"test.icc.coverage.{n_batches}.{batch_size}.{marginal}.{correlation}.{repetitions}"
-    hits = covers(stream, repetitions, n_batches, batch_size, marginal, correlation)
-    for column in hits.T:
-        assert_share(column, (0.93, 1.0))
+    assert_share(covers(stream, repetitions, n_batches, batch_size, marginal, correlation), (0.93, 1.0))
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.2])
+@pytest.mark.parametrize("marginal", ["gaussian", "exponential"])
+def test_two_standard_errors_contain_the_interval(marginal, correlation):
+    for losses in correlated_losses(3000, 8, "test.icc.contained", marginal, correlation).split(60):
+        estimate, (low, high) = intraclass_correlation(losses), correlation_interval(losses)
+        assert max(high - estimate.value, estimate.value - low) < 2 * estimate.stderr < 2 / 1.95 * (high - low)
 
 
 def test_intervals_of_uneven_batches_cover_at_least_93_percent():
