@@ -1,4 +1,7 @@
-"""Per-example gradients, norms, means and products of every model of the zoo, against one backward pass an example."""
+"""Per-example gradients, norms, means and products of the zoo: refusals by their reason, shared draws, low precision.
+
+That they are right, on every model, is among the promises of tests/test_tools.py.
+"""
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from helpers.lab.gradients import (
     per_sample_products,
     per_sample_squared_norms,
 )
-from tests.zoo import ZOO, assert_trains_as_if_untouched, changes, fingerprint, gradients_one_by_one
+from tests.zoo import ZOO, changes, fingerprint, gradients_one_by_one
 
 REFUSED = {
     "resnet, training": "normalizes by the statistics of its batch",
@@ -21,7 +24,6 @@ REFUSED = {
     "contrastive loss": "compares its examples",
     "centered by the batch": r"x - x.mean\(0\)",
 }
-RIGHT = [name for name in ZOO if name not in REFUSED and not ZOO[name].uses_randomness]
 RANDOM = [name for name in ZOO if ZOO[name].uses_randomness]
 
 
@@ -61,18 +63,6 @@ EXPECTED = {
 
 def assert_equal(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_a_model_of_the_zoo_has_the_gradients_of_its_examples_and_is_unharmed(name):
-    entry = ZOO[name]
-    rows = gradients_one_by_one(entry)
-    for what, call in CALLS.items():
-        problem = entry.problem()
-        before = fingerprint(problem.model)
-        assert_equal(call(*problem, chunk_size=4), EXPECTED[what](rows))
-        assert changes(before, fingerprint(problem.model)) == []
-    assert_trains_as_if_untouched(problem, entry.problem())
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -10,17 +10,19 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from helpers.gradient_noise import gradient_noise_scale, noise_scale_report
 from helpers.initialization import propagation_report
 from helpers.lab.gradients import (
     flatten,
+    gradient_chunks,
     mean_gradient,
     per_sample_gradients,
     per_sample_products,
@@ -36,8 +38,8 @@ from tests.zoo import (
     assert_trains_as_if_untouched,
     changes,
     fingerprint,
+    gradients_one_by_one,
 )
-from tests.zoo import gradients_one_by_one as gradients_by_loop
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 N = 6
@@ -59,8 +61,8 @@ class Tool:
         Examples that it needs.
     prepare : callable
         Makes of an entry one on which the tool has something to find.
-    may_say : str
-        Regular expression of a refusal that depends on the data: it may be given wherever it is true.
+    undecided : dict of str to str
+        Entries whose data do not suffice, and a part of the refusal that says so; there and nowhere else it is given.
     """
 
     call: Callable[[Problem], dict[str, torch.Tensor]]
@@ -68,7 +70,7 @@ class Tool:
     refuses: Callable[[str, Entry], bool]
     n: int = N
     prepare: Callable[[Entry], Entry] = lambda entry: entry
-    may_say: str = ""
+    undecided: dict[str, str] = field(default_factory=dict)
 
 
 def refuses_coupled_examples(name: str, entry: Entry) -> bool:
@@ -76,8 +78,6 @@ def refuses_coupled_examples(name: str, entry: Entry) -> bool:
 
 
 # The truth, one example at a time
-
-gradients_one_by_one = functools.cache(gradients_by_loop)  # the same for all tools
 
 
 def rows(entry: Entry, n: int) -> torch.Tensor:
@@ -112,6 +112,7 @@ def mean_squares_by_hooks(entry: Entry, n: int) -> dict[str, torch.Tensor]:
     return found
 
 
+@functools.cache  # the truth is kept by entry
 def one_sided(entry: Entry) -> Entry:
     """Give four of five examples one label, or all far targets: the mean gradient is then large beside the noise."""
 
@@ -129,7 +130,19 @@ def one_sided(entry: Entry) -> Entry:
 
 
 def directions(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: torch.ones_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    """Return a vector without symmetry, in the form of a model's parameters."""
+    return {
+        name: torch.linspace(-1, 2, p.numel(), dtype=p.dtype).reshape(p.shape)
+        for name, p in model.named_parameters()
+        if p.requires_grad and not is_lazy(p)
+    }
+
+
+def products_of_rows(entry: Entry, n: int) -> dict[str, torch.Tensor]:
+    vector = directions(entry.problem(n).model)
+    return {
+        "products": sum(g.flatten(1) @ vector[name].flatten() for name, g in gradients_one_by_one(entry, n).items())
+    }
 
 
 def mean_squares_reported(problem: Problem) -> dict[str, torch.Tensor]:
@@ -145,6 +158,34 @@ def noise_reported(problem: Problem) -> dict[str, torch.Tensor]:
     return {"tr S and |∇L|²": torch.tensor([float(part) for part in parts[:2]], dtype=torch.float64)}
 
 
+UNCLEAR, FEW = "must be 4 standard errors above zero", "tr S must not hang on few of the examples"
+# At 48 examples, even one-sided ones, these have a mean gradient that drowns in noise, or noise that a few make.
+WITHOUT_NOISE_SCALE = {
+    **dict.fromkeys(
+        (
+            "mlp",
+            "resnet, evaluation",
+            "circular convolution",
+            "dropout, training",
+            "dropout, evaluation",
+            "frozen layers",
+            "weight norm by hooks",
+            "weight norm by parametrization",
+            "in place",
+            "activation in place",
+            "dictionary as output",
+            "checkpoint",
+            "own derivative",
+            "subclass of Linear that halves",
+            "layer norm",
+            "RMS norm",
+            "summed loss",
+            "penalty on the weights",
+        ),
+        UNCLEAR,
+    ),
+    **dict.fromkeys(("post-LN transformer", "equalized learning rate", "embedding with padding"), FEW),
+}
 TOOLS = {
     "per_sample_gradients": Tool(
         lambda problem: per_sample_gradients(*problem), gradients_one_by_one, refuses_coupled_examples
@@ -152,18 +193,23 @@ TOOLS = {
     "per_sample_gradients, in chunks": Tool(
         lambda problem: per_sample_gradients(*problem, chunk_size=4), gradients_one_by_one, refuses_coupled_examples
     ),
+    "gradient_chunks": Tool(
+        lambda problem: {"rows": torch.cat(list(gradient_chunks(*problem, chunk_size=4)))},
+        lambda entry, n: {"rows": rows(entry, n)},
+        refuses_coupled_examples,
+    ),
     "per_sample_squared_norms": Tool(
-        lambda problem: {"squares": per_sample_squared_norms(*problem)},
+        lambda problem: {"squares": per_sample_squared_norms(*problem, chunk_size=4)},
         lambda entry, n: {"squares": rows(entry, n).square().sum(1)},
         refuses_coupled_examples,
     ),
     "per_sample_products": Tool(
-        lambda problem: {"products": per_sample_products(*problem, direction=directions(problem.model))},
-        lambda entry, n: {"products": rows(entry, n).sum(1)},
+        lambda problem: {"products": per_sample_products(*problem, direction=directions(problem.model), chunk_size=4)},
+        products_of_rows,
         refuses_coupled_examples,
     ),
     "mean_gradient": Tool(
-        lambda problem: mean_gradient(*problem),
+        lambda problem: mean_gradient(*problem, chunk_size=4),
         lambda entry, n: {name: g.mean(0) for name, g in gradients_one_by_one(entry, n).items()},
         refuses_coupled_examples,
     ),
@@ -173,7 +219,7 @@ TOOLS = {
         refuses_coupled_examples,
         n=48,
         prepare=one_sided,
-        may_say=r"standard errors above zero|must not hang on few",
+        undecided=WITHOUT_NOISE_SCALE,
     ),
     "noise_scale_report": Tool(
         noise_reported,
@@ -210,12 +256,14 @@ def assert_keeps_promises(tool: Tool, name: str) -> None:
     before = fingerprint(problem.model)
     found = run(tool, problem)
     assert_no_trace(before, problem.model)
-    assert_trains_as_if_untouched(problem, entry.problem(tool.n))
+    assert_trains_as_if_untouched(problem, entry, tool.n)
     if tool.refuses(name, entry):
         assert isinstance(found, str), "a number where the tool cannot be right"
         assert len(found) > 20, f"this says nothing: {found!r}"
         return
-    if isinstance(found, str) and tool.may_say and re.search(tool.may_say, found):
+    if name in tool.undecided:
+        assert isinstance(found, str), "a number though the data do not suffice: take it from the list"
+        assert tool.undecided[name] in found
         return
     assert not isinstance(found, str), f"refused, though it could be right: {found}"
     if entry.uses_randomness:
@@ -223,7 +271,7 @@ def assert_keeps_promises(tool: Tool, name: str) -> None:
     expected = tool.truth(entry, tool.n)
     assert found, "a tool that finds nothing is never wrong"
     for key in found:
-        torch.testing.assert_close(found[key], expected[key], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-9, atol=1e-12)
 
 
 @every_entry
@@ -329,6 +377,8 @@ def plain_mean(problem: Problem) -> dict[str, torch.Tensor]:
         (replace(RIGHT, call=lambda problem: {}), "mlp", "finds nothing"),
         (replace(RIGHT, call=refuse), "mlp", "refused, though it could be right"),
         (replace(RIGHT, call=plain_mean), "class weights", "a number where"),
+        (replace(RIGHT, undecided={"mlp": UNCLEAR}), "mlp", "a number though"),
+        (replace(RIGHT, call=refuse, undecided={"mlp": UNCLEAR}), "mlp", UNCLEAR),
         (breaking(backward), "mlp", "tensor weight of '0'"),
         (breaking(lambda problem: problem.model.eval()), "mlp", "module ''"),
         (breaking(lambda problem: torch.rand(1)), "mlp", "torch's random state"),
@@ -338,9 +388,3 @@ def plain_mean(problem: Problem) -> dict[str, torch.Tensor]:
 def test_a_tool_that_breaks_a_promise_is_noticed(tool, name, message):
     with torch.random.fork_rng(), pytest.raises(AssertionError, match=re.escape(message)):
         assert_keeps_promises(tool, name)
-
-
-def test_much_of_the_zoo_has_a_noise_scale():
-    tool, entries = TOOLS["gradient_noise_scale"], list(ZOO.values())[::3]
-    answered = [isinstance(run(tool, tool.prepare(entry).problem(tool.n)), dict) for entry in entries]
-    assert sum(answered) > 0.3 * len(entries)

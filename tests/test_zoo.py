@@ -201,7 +201,7 @@ def test_values_that_are_no_numbers_equal_themselves():
 
 @every_entry
 def test_an_untouched_model_trains_as_its_twin(entry):
-    assert_trains_as_if_untouched(entry.problem(), entry.problem())
+    assert_trains_as_if_untouched(entry.problem(), entry)
 
 
 def test_a_model_whose_buffer_or_parameter_was_moved_trains_otherwise():
@@ -212,7 +212,7 @@ def test_a_model_whose_buffer_or_parameter_was_moved_trains_otherwise():
             for tensor in tensors(touched.model):
                 tensor.view(-1)[0] += 1e-6
         with pytest.raises(AssertionError, match="otherwise than without the tool"):
-            assert_trains_as_if_untouched(touched, entry.problem())
+            assert_trains_as_if_untouched(touched, entry)
 
 
 def test_a_parameter_that_training_no_longer_moves_is_noticed():
@@ -221,7 +221,7 @@ def test_a_parameter_that_training_no_longer_moves_is_noticed():
     alive = touched.model[1].weight
     touched.model[1].weight = nn.Parameter(alive.detach().clone(), requires_grad=False)
     with pytest.raises(AssertionError, match="otherwise than without the tool"):
-        assert_trains_as_if_untouched(touched, entry.problem())
+        assert_trains_as_if_untouched(touched, entry)
 
 
 @every_entry
