@@ -71,8 +71,8 @@ def rng(stream: str) -> np.random.Generator:
 def seeded(stream: str) -> Iterator[None]:
     """Seed torch's global generators inside a ``with`` block, for code that takes no generator.
 
-    The constructors of ``torch.nn`` modules draw their initial weights from the global generator. The generators'
-    states are put back when the block ends.
+    They are those of the CPU and of CUDA. The constructors of ``torch.nn`` modules draw their initial weights from
+    them. Their states are put back when the block ends.
 
     Parameters
     ----------
@@ -81,7 +81,10 @@ def seeded(stream: str) -> Iterator[None]:
     """
     cuda_devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices=cuda_devices):
-        torch.manual_seed(_seed(stream))
+        # torch.manual_seed puts off seeding each kind of device that is not there, and formats the stack for it: 5 ms.
+        torch.default_generator.manual_seed(_seed(stream))
+        if cuda_devices:
+            torch.cuda.manual_seed_all(_seed(stream))
         yield
 
 
