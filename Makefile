@@ -79,6 +79,7 @@ ledger: $(VENV)/.installed-test
 	$(EXECUTE) book/ledger.ipynb
 
 data: $(VENV)/.installed-test  ## train again what is too long for a chapter, and store the results
+	$(BIN)/python -m helpers.data.minibatch_loss
 	$(BIN)/python -m helpers.data.initialization
 	$(BIN)/python -m helpers.data.gradient_noise
 
