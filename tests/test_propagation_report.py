@@ -383,6 +383,21 @@ def test_a_model_that_returns_no_floating_point_tensor_is_refused():
         report(Labels(), torch.ones(6, 3))
 
 
+class Changed(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.layer, self.change = nn.Linear(3, 4), change
+
+    def forward(self, x):
+        return self.change(self.layer(x))
+
+
+@pytest.mark.parametrize("change", [lambda y: 2 * y, torch.Tensor.detach], ids=["doubled", "detached"])
+def test_no_gradient_is_predicted_if_the_last_layer_does_not_give_the_output(change):
+    (layer,) = report(Changed(change), torch.ones(6, 3)).layers
+    assert math.isnan(layer.predicted_backward)
+
+
 def test_lazy_layers_are_refused_until_they_have_a_shape():
     problem = ZOO["lazy"].problem()
     with pytest.raises(ValueError, match="call the model once"):
