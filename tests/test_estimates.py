@@ -20,13 +20,13 @@ from helpers.lab.estimates import (
     variance,
 )
 from helpers.lab.runtime import generator, rng
-
-FALSE_ALARM = 1e-6  # of each bound that a z-score's mean or variance must keep
+from tests.statistics import assert_standard
 
 # z = (estimate - truth) / stderr has a bias of about -γ / (2 √n), γ being the skewness of the influence values. Sample
 # size n and number of repetitions R are chosen so that it is at most a quarter of the standard error 1/√R of the mean
-# z: √(R/n) <= 1/(2 |γ|). The largest γ are 10.6, of the squared deviations of an exponential variable, and 2.8, of
-# those of a normal one. A shift by a quarter makes the false-alarm rate 4e-6 instead of 1e-6.
+# z: √(R/n) <= 1/(2 |γ|). The largest γ are those of squared deviations: 10.6 of an exponential variable, 2.8 of a
+# normal, 1.5 of a Bernoulli and 0.6 of a uniform one. A shift by a quarter makes the false-alarm rate 4e-6 instead of
+# 1e-6.
 LAWS = {
     # name: (draw, mean, variance)
     "normal": (lambda shape, rng: rng.normal(1.5, 0.7, shape), 1.5, 0.49),
@@ -39,24 +39,15 @@ laws = pytest.mark.parametrize("law", LAWS)
 
 
 def sizes(law, n, repetitions):
-    """Return n and R, for the exponential law with a thirteenth of R/n."""
+    """Return n and R: a thirteenth of R/n for the exponential law, four times as much for the two of small γ."""
+    if law in ("uniform", "bernoulli"):
+        return n // 4, repetitions
     return (n * 7 // 2, repetitions * 3 // 10) if law == "exponential" else (n, repetitions)
 
 
 def z_scores(estimates, truth):
     values = np.array([estimate.value for estimate in estimates])
     return (values - truth) / np.array([estimate.stderr for estimate in estimates])
-
-
-def assert_standard(z):
-    """Refuse z-scores, one repetition a row, whose mean is not 0 or variance not 1 to within sampling error."""
-    z = z.reshape(len(z), -1)
-    repetitions, columns = z.shape
-    level = FALSE_ALARM / 2 / columns
-    assert (np.abs(z.mean(0)) < stats.norm.isf(level) / math.sqrt(repetitions)).all()
-    scaled = (repetitions - 1) * z.var(0, ddof=1)
-    assert (stats.chi2.ppf(level, repetitions - 1) < scaled).all()
-    assert (scaled < stats.chi2.isf(level, repetitions - 1)).all()
 
 
 def columns(law, stream):
