@@ -561,7 +561,9 @@ def gradient_noise_scale(
     ValueError
         If ``|∇L|²`` is not four standard errors above zero, or few examples own tr S, so that the skewness of its
         error exceeds 0.25; the message says how many examples are needed. If all examples have the same gradient, or
-        there are fewer than 4. Also for the reasons of :func:`helpers.lab.gradients.per_sample_gradients`.
+        there are fewer than 4. If tr S does not exceed rounding errors, 100 eps ``|∇L|²`` for the type that gradients
+        are computed in, which refuses noise scales below 0.8 in bfloat16 and below 0.1 in float16. Also for the
+        reasons of :func:`helpers.lab.gradients.per_sample_gradients`.
 
     Notes
     -----
@@ -680,19 +682,24 @@ def noise_scale_report(
         for layer, part in columns.items():
             own = rows[:, part]  # (n, p)
             found[layer].append(torch.stack([own.square().sum(1), own @ direction[part]], dim=1))
+    dtype = _computed_in(model)
     lines = [
-        _line(layer, direction[part], torch.cat(found[layer]).cpu().double(), groups.trace_of_square(part))
+        _line(layer, direction[part], torch.cat(found[layer]).cpu().double(), groups.trace_of_square(part), dtype)
         for layer, part in columns.items()
     ]
     header = ["layer", "parameters", "tr S", "|∇L|²", "noise scale", "95 % interval"]
     return Table(header, lines, note=f"From {len(torch.cat(found['the model'])):,} examples.")
 
 
-def _line(layer: str, mean: torch.Tensor, products: torch.Tensor, trace_of_square: float) -> list[str]:
+def _line(
+    layer: str, mean: torch.Tensor, products: torch.Tensor, trace_of_square: float, dtype: torch.dtype
+) -> list[str]:
     """Return a row of the report; without noise there is no noise scale."""
     squared_norm, parameters = mean.square().sum().item(), f"{len(mean):,}"
-    if not _is_noisy(products, squared_norm, mean.dtype):
-        return [layer, parameters, "0", f"{squared_norm:.3g}", "", ""]
+    trace = _trace(products, squared_norm)
+    if trace <= (rounding := _rounding(squared_norm, dtype)):
+        told = "0" if trace <= _rounding(squared_norm, mean.dtype) else f"below {rounding:.2g}"
+        return [layer, parameters, told, f"{squared_norm:.3g}", "", ""]
     ratio = _ratio_of(products, squared_norm, trace_of_square)
     low, high = ratio.interval(0.95)
     told = repr(ratio.estimate()).split(" (")[0] if ratio.is_clear and ratio.is_balanced else ""
@@ -710,9 +717,15 @@ def _whole(model: nn.Module, loss: Loss, inputs: Any, targets: Any, chunk_size: 
     data = _joined(batches_of(inputs, targets, direction.device))
     products = torch.cat([_norms_and_products(model, loss, batch, mean, chunk_size) for batch in data])
     squared_norm = direction.square().sum().item()
-    if not _is_noisy(products, squared_norm, direction.dtype):
-        variance = _trace(products, squared_norm)
+    dtype = _computed_in(model)
+    variance, rounding = _trace(products, squared_norm), _rounding(squared_norm, dtype)
+    if variance <= _rounding(squared_norm, direction.dtype):
         raise ValueError(f"examples must differ in their gradients, got a variance of {variance:.3g}")
+    if variance <= rounding:
+        raise ValueError(
+            f"tr S must exceed the rounding errors of {str(dtype).removeprefix('torch.')}, {rounding:.3g}, got "
+            f"{variance:.3g}: compute in float32"
+        )
     return _ratio_of(products, squared_norm, groups.trace_of_square())
 
 
@@ -841,9 +854,18 @@ def _trace(products: torch.Tensor, squared_norm: float) -> float:
     return (products[:, 0].sum().item() - n * squared_norm) / (n - 1)
 
 
-def _is_noisy(products: torch.Tensor, squared_norm: float, dtype: torch.dtype) -> bool:
-    """Return whether tr S is more than the rounding errors of squared norms."""
-    return _trace(products, squared_norm) > 100 * torch.finfo(dtype).eps * squared_norm
+def _rounding(squared_norm: float, dtype: torch.dtype) -> float:
+    """Return what tr S must exceed so that rounding errors, of a few eps times |∇L|², are a few percent of it."""
+    return 100 * torch.finfo(dtype).eps * squared_norm
+
+
+def _computed_in(model: nn.Module) -> torch.dtype:
+    """Return the least precise type in which gradients are computed."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    dtypes = {p.dtype for p in trainable}
+    if torch.is_autocast_enabled(trainable[0].device.type):
+        dtypes.add(torch.get_autocast_dtype(trainable[0].device.type))
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _ratio_of(products: torch.Tensor, squared_norm: float, trace_of_square: float) -> "_Ratio":

@@ -441,6 +441,37 @@ def test_noise_scale_is_refused_just_below_four_standard_errors_and_given_just_a
     assert scale_of_rows(rows).value == pytest.approx(scale_by_pairs(rows), rel=1e-9)
 
 
+def in_type(rows, dtype):
+    """Return a problem whose gradients are these rows, computed in half precision; they are exact in bfloat16."""
+    model, loss, inputs, _ = linear(rows)
+    return model.to(dtype), loss, inputs.to(dtype), inputs.to(dtype)
+
+
+# tr S is 1.005, and |∇L|² close to center²: 100 eps of it is 0.78 center² in bfloat16, and 0.098 center² in float16.
+@pytest.mark.parametrize(
+    ("dtype", "inside", "outside"), [(torch.bfloat16, 1.125, 1.1875), (torch.float16, 3.1875, 3.25)]
+)
+def test_noise_scale_is_given_above_rounding_errors_and_refused_below(dtype, inside, outside):
+    expected = scale_by_pairs(two_points(inside, 200))
+    assert gradient_noise_scale(*in_type(two_points(inside, 200), dtype)).value == pytest.approx(expected, rel=0.02)
+    rows = two_points(outside, 200)
+    name = str(dtype).removeprefix("torch.")
+    rounding = 100 * torch.finfo(dtype).eps * outside**2
+    rule = f"tr S must exceed the rounding errors of {name}, {rounding:.3g}"
+    for call in (gradient_noise_scale, noise_scale_interval):
+        assert_refuses(lambda call=call: call(*in_type(rows, dtype)), rule, "1.01: compute in float32")
+    assert gradient_noise_scale(*in_type(rows, torch.float32)).value == pytest.approx(scale_by_pairs(rows), rel=1e-4)
+    row = noise_scale_report(*in_type(rows, dtype)).rows[0]
+    assert row[2:] == [f"below {rounding:.2g}", f"{outside**2:.3g}", "", ""]
+
+
+def test_autocast_counts_as_the_type_that_it_computes_in():
+    problem = in_type(two_points(1.1875, 200), torch.float32)
+    assert gradient_noise_scale(*problem).value < 0.78
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="rounding errors of bfloat16"):
+        gradient_noise_scale(*problem)
+
+
 def few_large(size, n=200):
     """Return n gradients of one coordinate, 5 ± 1, of which two are 5 + size and own the more of the variance."""
     rows = two_points(5.0, n)
@@ -539,6 +570,15 @@ def test_noise_scale_refuses_examples_that_are_all_the_same():
     inputs, targets = examples(model)
     same = inputs[:1].expand(5, -1), targets[:1].expand(5)
     with pytest.raises(ValueError, match="examples must differ in their gradients, got a variance of"):
+        gradient_noise_scale(model, functional.cross_entropy, *same)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_noise_scale_refuses_examples_that_are_all_the_same_in_half_precision(dtype):
+    model = build(perceptron, dtype)
+    inputs, targets = examples(model)
+    same = inputs[:1].expand(7, -1), targets[:1].expand(7)
+    with pytest.raises(ValueError, match=r"must differ in their gradients|must exceed the rounding errors"):
         gradient_noise_scale(model, functional.cross_entropy, *same)
 
 

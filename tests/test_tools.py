@@ -6,6 +6,7 @@ the model as it was, also after an error, and the model then trains as its twin 
 """
 
 import contextlib
+import copy
 import functools
 import math
 import re
@@ -39,6 +40,7 @@ from tests.zoo import (
     changes,
     fingerprint,
     gradients_one_by_one,
+    map_inputs,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -278,6 +280,47 @@ def assert_keeps_promises(tool: Tool, name: str) -> None:
 @every_tool
 def test_a_tool_is_right_or_says_why_not_and_leaves_no_trace(tool, name):
     assert_keeps_promises(tool, name)
+
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def in_double(problem: Problem) -> Problem:
+    """Return a problem with the same parameters and data, rounded as they are."""
+    inputs = map_inputs(lambda x: x.double() if x.is_floating_point() else x, problem.inputs)
+    targets = problem.targets.double() if problem.targets.is_floating_point() else problem.targets
+    return problem._replace(model=copy.deepcopy(problem.model).double(), inputs=inputs, targets=targets)
+
+
+@HALF
+@pytest.mark.parametrize(
+    "name", ["linear regression", "pre-LN transformer", "GRU", "transposed convolution, 2d", "u-shaped", "group norm"]
+)
+def test_half_precision_has_the_noise_scale_of_the_same_parameters_in_double(name, dtype):
+    problem = one_sided(ZOO[name]).problem(48, dtype=dtype)
+    found, expected = gradient_noise_scale(*problem), gradient_noise_scale(*in_double(problem))
+    rounding = 4 * torch.finfo(dtype).eps * (1 + 1 / expected.value)  # of tr S, in units of |∇L|² too
+    assert found.value == pytest.approx(expected.value, rel=rounding)
+    assert found.stderr == pytest.approx(expected.stderr, rel=4 * rounding)
+
+
+@HALF
+@pytest.mark.parametrize("name", ["mlp", "LSTM", "group norm", "post-LN transformer"])
+def test_half_precision_has_the_gradients_of_the_same_parameters_in_double(name, dtype):
+    problem = ZOO[name].problem(dtype=dtype)
+    double = in_double(problem)
+    rounding = 8 * torch.finfo(dtype).eps  # of some layers
+    exact = flatten(per_sample_gradients(*double))
+    found = flatten(per_sample_gradients(*problem)).double()
+    assert ((found - exact).norm(dim=1) <= rounding * exact.norm(dim=1)).all()
+    mean = flatten({name: g[None].double() for name, g in mean_gradient(*problem).items()})[0]
+    assert (mean - exact.mean(0)).norm() <= rounding * exact.norm(dim=1).mean()
+    squares = per_sample_squared_norms(*problem)
+    assert squares.dtype == torch.float32
+    assert squares.tolist() == pytest.approx(exact.square().sum(1).tolist(), rel=rounding)
+    along = per_sample_products(*problem, direction=directions(problem.model))
+    vector = flatten({name: v[None] for name, v in directions(double.model).items()})[0]
+    assert ((along - exact @ vector).abs() <= rounding * exact.norm(dim=1) * vector.norm()).all()
 
 
 class Interrupted(Exception):
