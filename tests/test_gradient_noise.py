@@ -413,6 +413,12 @@ def test_all_indices_are_reached_where_integers_need_more_bits(population_size):
     assert batches.max() < population_size
 
 
+def test_the_last_example_of_a_large_population_is_drawn_as_often_as_any():
+    batches = sample_batches(4_000_000, 1, 2**16, generator=generator("test.sample_batches.last"))
+    # 61 times on average
+    assert stats.binomtest(int((batches == 2**16 - 1).sum()), batches.numel(), 2**-16).pvalue > FALSE_ALARM
+
+
 def test_last_digits_of_examples_of_a_billion_are_equally_likely():
     # Single precision would reach only multiples of 64.
     batches = sample_batches(10_000, 2, 10**9, generator=generator("test.sample_batches.odd"))

@@ -203,6 +203,22 @@ def test_groups_hold_equally_many_examples(n, size, most, groups, of_group):
     assert collected.trace_of_square() == pytest.approx(quadruples(means) * of_group**2, rel=1e-9)
 
 
+@pytest.mark.parametrize(("entries", "most"), [(2**26, 32), (200, 20), (1, 8)])
+def test_there_are_fewer_groups_where_gradients_are_long(entries, most, monkeypatch):
+    made, groups = [], gradient_noise._Groups
+    monkeypatch.setattr(gradient_noise, "GROUP_ENTRIES", entries)
+    monkeypatch.setattr(gradient_noise, "_Groups", lambda size, most: made.append((size, most)) or groups(size, most))
+    scale_of_rows(5 + rng("test.groups.long").normal(size=(640, 10)))
+    assert made == [(640 // most, most)]
+
+
+def test_groups_are_pieces_of_at_most_a_chunk(monkeypatch):
+    made, groups = [], gradient_noise._Groups
+    monkeypatch.setattr(gradient_noise, "_Groups", lambda size, most: made.append(size) or groups(size, most))
+    scale_of_rows(5 + rng("test.groups.chunk").normal(size=(640, 10)), chunk_size=3)
+    assert made == [3]
+
+
 def test_trace_of_the_square_of_some_columns_is_that_of_their_gradients():
     rows = rng("test.noise_scale.columns").standard_exponential((7, 6))
     collected = gradient_noise._Groups(1, 32)
@@ -546,6 +562,28 @@ def test_a_gradient_measured_as_nothing_needs_at_least_a_number_of_examples():
         ratio_of_rows(two_points(0.05, 40)).estimate()
 
 
+def ratio_of(trace, squared_norm, error, second_order=0.0):
+    """Return a ratio with these parts, whose trace is known and whose squared norm has this standard error."""
+    influence = torch.zeros(4, 2, dtype=torch.float64)
+    influence[:, 1] = error * 3**0.5 * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    return gradient_noise._Ratio(trace, squared_norm, influence, second_order, "steps")
+
+
+@pytest.mark.parametrize("squared_norm", [-0.2, 0.2])
+def test_a_gradient_measured_within_a_standard_error_of_nothing_has_a_bound(squared_norm):
+    ratio = ratio_of(5.0, squared_norm, 0.3)
+    assert ratio.covariance[2] == pytest.approx(0.09)
+    low, high = ratio.interval(0.95)
+    assert math.isinf(high)
+    with pytest.raises(ValueError, match=rf"the noise scale is at least {low:.3g}, with 97.5 % confidence$"):
+        ratio.estimate()
+
+
+def test_the_variance_of_the_squared_norm_is_at_least_its_part_of_second_order():
+    assert ratio_of(5.0, 2.0, 0.3, second_order=0.05).covariance[2] == pytest.approx(0.05)
+    assert ratio_of(5.0, 2.0, 0.3, second_order=0.04).covariance[2] == pytest.approx(0.05)
+
+
 def test_a_gradient_measured_far_below_zero_has_no_number():
     ratio = gradient_noise._Ratio(5.0, -9.0, 1e-3 * torch.eye(5, 2, dtype=torch.float64), 0.0, "steps")
     with pytest.raises(ValueError, match=r"as it is measured below zero, no number can be given$"):
@@ -667,6 +705,15 @@ def test_the_report_has_a_row_for_the_model_and_each_layer():
         assert row[4] == (repr(ratio.estimate()).split(" (")[0] if ratio.is_clear else "")
         assert row[5] == (f"{low:.3g} to {high:.3g}" if math.isfinite(high) else f"at least {low:.3g}")
     assert table.note == "From 40 examples."
+
+
+def test_the_report_leaves_out_a_noise_scale_that_hangs_on_few_examples():
+    rows = 1 + 0.1 * rng("test.report.few").normal(size=(200, 3))
+    rows[0] = [4.0, 1.0, 1.0]
+    ratio = ratio_of_rows(rows)
+    assert ratio.is_clear
+    assert not ratio.is_balanced
+    assert noise_scale_report(*linear(rows)).rows[0][4] == ""
 
 
 def test_the_report_of_a_model_that_is_one_layer_calls_its_parameters_its_own():

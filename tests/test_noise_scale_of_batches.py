@@ -270,6 +270,20 @@ def test_the_accumulator_reads_gradients_that_add_up_in_a_model(factor):
     assert found.stderr == pytest.approx(expected.stderr, rel=1e-8)
 
 
+def test_the_accumulator_leaves_out_gradients_of_frozen_parameters():
+    model, accumulator = nn.Linear(2, 1), NoiseScaleAccumulator()
+    model.bias.requires_grad_(False)
+    weights = [[own[:2] for own in step] for step in micro_batch_gradients("frozen")]
+    for step in weights:
+        total = torch.zeros(1, 2)
+        for own in step:
+            total = total + torch.as_tensor(own, dtype=torch.float32)
+            model.weight.grad, model.bias.grad = total.clone(), torch.tensor([7.0])
+            accumulator.update(model, SIZE)
+        accumulator.end_step()
+    assert accumulator.interval() == pytest.approx(fed(weights).interval(), rel=1e-3)
+
+
 def test_the_accumulator_leaves_gradients_alone():
     model = nn.Linear(2, 1)
     model(torch.ones(3, 2)).sum().backward()
