@@ -633,6 +633,16 @@ def test_depth_scale_is_infinite_at_the_edge_of_chaos():
     assert depth_scale(torch.tanh, **edge_of_chaos(torch.tanh, 0.5)._asdict()) == math.inf
 
 
+@pytest.mark.parametrize("missing", [1e-2, 1e-4])
+def test_depth_scale_is_finite_just_below_the_edge_of_chaos(missing):
+    critical = edge_of_chaos(torch.tanh, 0.5)
+    scales = {"weight_scale": critical.weight_scale * (1 - missing), "bias_variance": critical.bias_variance}
+    variance = fixed_variance(torch.tanh, **scales, start=0.5)
+    slope = scales["weight_scale"] * normal_mean(lambda z: math.cosh(math.sqrt(variance) * z) ** -4)
+    assert 0.98 < slope < 1
+    assert depth_scale(torch.tanh, **scales, start=0.5) == pytest.approx(-1 / math.log(slope), rel=1e-6)
+
+
 def test_depth_scale_is_zero_if_weights_are():
     assert depth_scale(torch.tanh, weight_scale=0.0, bias_variance=0.5) == 0
 

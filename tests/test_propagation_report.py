@@ -383,6 +383,37 @@ def test_a_model_that_returns_no_floating_point_tensor_is_refused():
         report(Labels(), torch.ones(6, 3))
 
 
+def test_the_weight_scale_of_a_layer_counts_its_inputs():
+    model = nn.Sequential(nn.Linear(3, 7), nn.ReLU(), nn.Conv1d(7, 2, 1))
+    layer, _ = report(nn.Sequential(*model[:2], nn.Unflatten(1, (7, 1)), model[2]), torch.ones(5, 3)).layers
+    assert layer.weight_scale == pytest.approx(3 * model[0].weight.double().square().mean().item(), rel=1e-6)
+
+
+def test_where_a_chain_ends_gradients_are_predicted_from_those_of_its_last_layer():
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 4))
+    first, last, _, _ = report(model, torch.ones(8, 3)).layers
+    assert math.isnan(last.predicted_backward)
+    # A normal variable is positive half of the time.
+    expected = 0.5 * 6 * model[2].weight.double().square().mean().item() * last.backward
+    assert first.predicted_backward == pytest.approx(expected, rel=1e-6)
+
+
+class Ramp(nn.Module):
+    """Multiplies each entry by a number that depends on where it stands."""
+
+    def forward(self, x):
+        return x * torch.linspace(0.1, 3, x.numel(), dtype=x.dtype).reshape(x.shape)
+
+
+def test_a_layer_that_treats_entries_differently_is_no_function_of_one_variable():
+    model = nn.Sequential(nn.Linear(3, 5), Ramp(), nn.Linear(5, 4, bias=False))
+    inputs = torch.ones(8, 3)
+    before = model[:2](inputs).double().square().mean().item()
+    found = report(model, inputs).layers[1]
+    expected = 5 * model[2].weight.double().square().mean().item() * before
+    assert found.predicted_forward == pytest.approx(expected, rel=1e-6)
+
+
 class Changed(nn.Module):
     def __init__(self, change):
         super().__init__()
