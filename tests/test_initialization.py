@@ -40,6 +40,7 @@ from helpers.initialization import (
 from helpers.lab.gaussian import second_moment
 from helpers.lab.networks import preactivations, propagate
 from helpers.lab.runtime import generator, rng, seeded
+from tests.activations import PLAIN, each_activation, identity, leaky_relu, normal_mean
 from tests.statistics import assert_z, moments
 
 by_properties = settings(max_examples=60, deadline=None, database=None)
@@ -53,16 +54,6 @@ def moment_of(values, power, weights=None):
 def excess_kurtosis_of(values):
     """Excess kurtosis of values of mean zero, all equally likely."""
     return moment_of(values, 4) / moment_of(values, 2) ** 2 - 3
-
-
-def normal_mean(function, *, breaks=(0,)):
-    """Return the mean of a function of a standard normal variable, by adaptive quadrature."""
-    ends = [-12, *breaks, 12]
-    parts = [
-        integrate.quad(lambda z: function(z) * stats.norm._pdf(z), *pair, epsabs=1e-13, epsrel=1e-12)[0]
-        for pair in itertools.pairwise(ends)
-    ]
-    return sum(parts)
 
 
 # Closed forms
@@ -279,33 +270,7 @@ def test_closed_forms_take_the_smallest_arguments(call):
 # Mean-field maps
 
 
-def leaky_relu(z):
-    return F.leaky_relu(z, 0.2)
-
-
-def identity(z):
-    return z
-
-
-def smooth_gelu(z):
-    return z / 2 * (1 + math.erf(z / math.sqrt(2)))
-
-
-def slope_of_gelu(z):
-    return (1 + math.erf(z / math.sqrt(2))) / 2 + z * math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-
-
-# Each activation, and for SciPy the same and its derivative.
-PLAIN = {
-    torch.relu: (lambda z: max(z, 0.0), lambda z: float(z > 0)),
-    torch.tanh: (math.tanh, lambda z: 1 / math.cosh(z) ** 2),
-    F.gelu: (smooth_gelu, slope_of_gelu),
-    leaky_relu: (lambda z: max(z, 0.2 * z), lambda z: 1.0 if z > 0 else 0.2),
-    identity: (lambda z: z, lambda z: 1.0),
-    torch.erf: (math.erf, lambda z: 2 / math.sqrt(math.pi) * math.exp(-(z**2))),
-}
 CORRELATIONS = [-1.0, -0.999, -0.6, 0.0, 0.3, 0.8, 0.999, 1 - 1e-9, 1.0]
-each_activation = pytest.mark.parametrize("activation", PLAIN, ids=lambda f: f.__name__)
 
 
 @each_activation
