@@ -75,6 +75,7 @@ def chapter_with_folds():
     return notebook(
         new_markdown_cell("# Folds\n\n*Prerequisites:* none.\n\nA story begins."),
         code_cell("# Code: a law\na = 1", tag="hide-input"),
+        code_cell("# Code: another law\na = 2", tag="hide-input"),
         code_cell("glue(a)", tag="remove-input"),
         code_cell("# Check: the law\nb = 2", {"text/html": CLAIM}, tag="hide-input"),
         code_cell("# Check: the law\nc = 3", {"text/html": CLAIM}, tag="hide-input"),
@@ -199,6 +200,7 @@ def test_a_page_waits_for_one_script_only(private, page):
         ("tex-chtml.js", {"index.html"}),
         ("togglebutton.js", {"folds.html"}),
         ("ledger.js", set()),
+        ("_static/search.js", set()),
         ("design-tabs.js", set()),
     ],
 )
@@ -266,14 +268,14 @@ def folds(private):
 
 def test_a_fold_says_what_it_holds_and_consecutive_ones_are_one(folds):
     labels = [label for label, _ in folds[0]]
-    first = "Code: a law · Check: the law · Code: figure &lt;1&gt;"
+    first = "Code: a law · another law · Check: the law · Code: figure &lt;1&gt;"
     assert labels == [first, "Code: figure 2", "Code", "All"]
 
 
 def test_folded_code_is_complete_and_can_be_copied(folds):
     contents = [content for _, content in folds[0]]
     letters = [re.findall(r"\b([a-z]) = \d", content) for content in contents]
-    assert letters == [["a", "b", "c", "d"], ["e"], ["g"], ["i"]]
+    assert letters == [["a", "a", "b", "c", "d"], ["e"], ["g"], ["i"]]
     assert all('class="highlight-' in content for content in contents)
 
 

@@ -91,6 +91,16 @@ def _label_of(cell):
     return first.lstrip("# ") if first.startswith("#") else ""
 
 
+def _joined(labels):
+    """Say once what consecutive labels begin with: ``Code: the law · figure 1``."""
+    parts, last = [], None
+    for label in labels:
+        kind, colon, rest = label.partition(": ")
+        parts.append(rest if colon and kind == last else label)
+        last = kind
+    return " · ".join(parts)
+
+
 def _move(run, container):
     for cell in run:
         cell.parent.remove(cell)
@@ -101,7 +111,7 @@ def _fold(run):
     """Put the code of all cells, perhaps with outputs, into one fold."""
     head, *others = run
     labels = dict.fromkeys(filter(None, map(_label_of, run)))
-    folded, output = fold(label=" · ".join(labels) or UNLABELED), []
+    folded, output = fold(label=_joined(labels) or UNLABELED), []
     for cell in run:
         code, *shown = cell.children
         folded.append(code)

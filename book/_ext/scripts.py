@@ -22,14 +22,15 @@ OWN = {
     "plotly-basic.min.js": HERE / "plotly" / "plotly-basic.min.js",
     "sliders.js": HERE / "sliders.js",
 }
-SEARCH = "search"  # the theme's search page has a name and no text
+SEARCH = "search"
+SEARCH_TEXT = "<search page>"  # stands for the text that this page of the theme has not
 # What says that a page needs a script; every other script is needed everywhere.
 NEEDED_FOR = {
     "mathjax": 'class="math ',
     "ledger.js": 'class="ledger"',
     "design-tabs.js": 'class="sd-tab',
     "togglebutton.js": "dropdown admonition",
-    "/search.js": SEARCH,
+    "/search.js": SEARCH_TEXT,
 }
 FIGURE_MARK = 'class="slider-figure"'
 # Thebe asks a CDN. Its own name is in its file and in what configures it.
@@ -40,7 +41,7 @@ BLOCKING = "documentation_options.js"
 
 def choose_scripts(app, pagename, templatename, context, doctree):
     """Leave a page the scripts that it needs, all but one of them deferred."""
-    body = context.get("body", "") if pagename != SEARCH else SEARCH
+    body = context.get("body", "") if pagename != SEARCH else SEARCH_TEXT
     if FIGURE_MARK in body:
         app.add_js_file("figures/sliders.js")
     scripts = [

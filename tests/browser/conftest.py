@@ -1,6 +1,5 @@
 """Drives the built book in a real Chromium, served from this machine, with every other host refused."""
 
-import functools
 import os
 import re
 
@@ -19,12 +18,21 @@ WATCH_SHIFTS = """
 TWO_FRAMES = "new Promise(painted => requestAnimationFrame(() => requestAnimationFrame(painted)))"
 
 
+def page_of(nodeid):
+    found = re.search(r"[\w/]+\.html", nodeid)
+    return found[0] if found else ""
+
+
 class ByPage(LoadScopeScheduling):
     """Gives all tests of a page to one worker, which opens it once. (Marked groups have no effect under pytest 9.2.)"""
 
     def _split_scope(self, nodeid):
-        page = re.search(r"[\w/]+\.html", nodeid)
-        return page[0] if page else nodeid
+        return page_of(nodeid) or nodeid
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: page_of(item.nodeid))
 
 
 def pytest_xdist_make_scheduler(config, log):
@@ -86,9 +94,3 @@ def open_page(browser, site):
         return page
 
     return open_
-
-
-@pytest.fixture(scope="session")
-def opened(open_page):
-    """Return a function like `open_page` that opens each page once: to open a chapter and typeset it takes seconds."""
-    return functools.cache(open_page)

@@ -19,7 +19,10 @@ CHAPTERS = [f"{place.page}.html" for place in registry.places(ROOT / "_toc.yml")
 REVISED = [page for page in CHAPTERS if Path(page).stem not in UNREVISED]
 CHAPTER = CHAPTERS[0]
 LEDGER = "book/ledger.html"
+# A chapter, a page of the reference, and front matter with tables and formulas.
+ONE_OF_EACH_KIND = [CHAPTER, next(page for page in PAGES if page.startswith("book/api/")), "book/notation.html", LEDGER]
 of_chapters = pytest.mark.parametrize("page", CHAPTERS, indirect=True)
+of_one_of_each_kind = pytest.mark.parametrize("page", ONE_OF_EACH_KIND, indirect=True)
 of_the_chapter = pytest.mark.parametrize("page", [CHAPTER], indirect=True)
 of_the_ledger = pytest.mark.parametrize("page", [LEDGER], indirect=True)
 
@@ -40,22 +43,27 @@ def test_the_table_of_contents_names_all_pages():
     assert {CHAPTER, LEDGER} < set(PAGES)
 
 
-# A test leaves the page as it found it, since all tests of a page, on one worker, look at the same one.
+# Each page is opened once, on one worker, and a test leaves it as it found it. What holds for all pages alike, because
+# one template makes them, is looked at on one page of each kind; what a page says or draws itself, on every page.
 
 
-@pytest.fixture(params=PAGES)
-def page(opened, request):
-    return opened(request.param)
+@pytest.fixture(scope="module", params=PAGES)
+def page(open_page, request):
+    page = open_page(request.param)
+    yield page
+    page.close()
 
 
 def dress(page, viewport, scheme):
-    page.set_viewport_size(viewport)
+    if page.viewport_size != viewport:
+        page.set_viewport_size(viewport)
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     page.wait_for_function(f"document.documentElement.dataset.theme === '{scheme}'")
 
 
 def test_nothing_fails_and_no_other_host_is_asked(page):
-    page.wait_for_timeout(500)
+    bytes_of(page)
+    page.wait_for_load_state("networkidle")
     assert page.troubles == []
 
 
@@ -221,12 +229,43 @@ def test_axe_would_find_faint_text_and_links_like_text(page, selector, style):
 
 def test_a_phone_does_not_scroll_sideways(page):
     dress(page, PHONE, "light")
-    for spacing in ("normal", "1px"):  # other machines have other, wider fonts
-        page.evaluate("spacing => (document.body.style.letterSpacing = spacing)", spacing)
-        for is_open in (True, False):
-            page.evaluate("open => document.querySelectorAll('details').forEach(found => (found.open = open))", is_open)
-            assert sideways(page) == 0
-    page.evaluate("document.body.style.letterSpacing = ''")
+    assert sideways(page) == 0
+    # Everything is open, and letters are wide: other machines have other fonts.
+    page.evaluate("""() => {
+      document.body.style.letterSpacing = "1px";
+      document.querySelectorAll("details").forEach(found => (found.open = true));
+    }""")
+    assert sideways(page) == 0
+    page.evaluate("""() => {
+      document.body.style.letterSpacing = "";
+      document.querySelectorAll("details").forEach(found => (found.open = false));
+    }""")
+
+
+@of_chapters
+def test_two_formulas_share_a_display_only_where_both_fit_on_a_phone(page):
+    dress(page, PHONE, "light")
+    wide = page.evaluate(r"""[...MathJax.startup.document.math]
+      .filter(found => found.display && /\\q?quad/.test(found.math))
+      .filter(found => found.typesetRoot.checkVisibility())
+      .filter(found => {
+        const box = found.typesetRoot.closest("div.math");
+        return box.scrollWidth > box.clientWidth;
+      })
+      .map(found => found.math)""")
+    assert wide == []
+
+
+@of_chapters
+def test_a_formula_wider_than_a_phone_scrolls_by_itself(page):
+    dress(page, PHONE, "light")
+    assert (
+        page.evaluate("""[...document.querySelectorAll("article div.math")].filter(box => {
+      const found = box.getBoundingClientRect(), scrolls = getComputedStyle(box).overflowX === "auto";
+      return box.checkVisibility() && (found.right > innerWidth || (box.scrollWidth > box.clientWidth && !scrolls));
+    }).map(box => box.textContent)""")
+        == []
+    )
 
 
 @of_the_chapter
@@ -247,6 +286,7 @@ def test_no_line_begins_with_the_mark_behind_a_formula(page):
     assert alone == []
 
 
+@of_one_of_each_kind
 def test_dark_mode_is_dark(page):
     dress(page, WIDE, "light")
     assert luminance(page, "body") > 0.9
@@ -315,26 +355,47 @@ def test_a_keyboard_moves_every_slider(page):
             pytest.fail(f"{control.evaluate('x => x.parentElement.textContent')} does not move")
 
 
-@of_chapters
-def test_a_keyboard_reaches_what_can_be_opened_or_moved(page):
+# What has the focus: null outside the text; does one see that, and which is it of what a reader opens or moves?
+FOCUSED = """() => {
+  const now = document.activeElement, box = now.getBoundingClientRect();
+  if (!now.closest("article")) return null;
+  const style = getComputedStyle(now.matches("[type=radio]") ? now.nextElementSibling : now);
+  const outlined = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 1;
+  const kinds = ["details.fold > summary", "summary", "[type=range]", "button.toggle-button", "*"];
+  now.dataset.stop ??= String(document.querySelectorAll("[data-stop]").length);
+  return {
+    kind: kinds.find(x => now.matches(x)), stop: now.dataset.stop, isOpen: now.parentElement.open, value: now.value,
+    seen: (outlined || style.boxShadow !== "none") && box.bottom > 0 && box.top < innerHeight,
+  };
+}"""
+
+
+@of_the_chapter
+def test_a_keyboard_alone_reads_a_chapter(page):
     dress(page, WIDE, "light")
     page.evaluate("document.querySelectorAll('details').forEach(found => (found.open = false))")
-    wanted = page.locator("article :is(summary, .slider-controls input[type=range], button.toggle-button)")
-    wanted = wanted.locator("visible=true").count()
+    wanted = page.locator("article :is(summary, [type=range], button.toggle-button)").locator("visible=true").count()
     page.locator("article h1").first.evaluate("x => { x.tabIndex = -1; x.focus(); }")
-    reached = set()
-    for _ in range(page.locator("article :is(a, button, input, summary, pre, div, [tabindex])").count()):
+    reached = {}
+    while True:
         page.keyboard.press("Tab")
-        found = page.evaluate("""() => {
-          const now = document.activeElement;
-          if (!now.closest("article")) return null;
-          now.dataset.stop ??= String(document.querySelectorAll("[data-stop]").length);
-          return now.matches("summary, input[type=range], button.toggle-button") ? now.dataset.stop : "";
-        }""")
-        if found is None:
+        found = page.evaluate(FOCUSED)
+        if found is None or found["stop"] in reached:
             break
-        reached |= {found} - {""}
-    assert len(reached) == wanted
+        assert found["seen"], page.evaluate("document.activeElement.outerHTML")
+        reached[found["stop"]] = found["kind"]
+        if found["kind"] == "details.fold > summary":
+            page.keyboard.press("Enter")
+            assert page.evaluate(FOCUSED)["isOpen"]
+            page.keyboard.press("Enter")
+        elif found["kind"] == "[type=range]":
+            move, back = ("ArrowRight", "ArrowLeft") if found["value"] == "0" else ("ArrowLeft", "ArrowRight")
+            page.keyboard.press(move)
+            assert page.evaluate(FOCUSED)["value"] != found["value"]
+            page.keyboard.press(back)
+            assert page.evaluate(FOCUSED)["value"] == found["value"]
+    assert sum(kind != "*" for kind in reached.values()) == wanted
+    assert {"details.fold > summary", "[type=range]", "button.toggle-button"} <= set(reached.values())
 
 
 @of_the_chapter
