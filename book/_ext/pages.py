@@ -1,6 +1,7 @@
 """Finishes the book's pages: what they load, how they fold, what they say of themselves."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -21,9 +22,11 @@ PLAIN_CODE = re.compile(r'<span class="(?:n|nn|p|w)">([^<]*)</span>')
 # Browsers would begin a line with the comma behind a formula.
 FORMULA_AND_MARK = re.compile(r'(<span class="math [^>]*>[^<]*</span>[,.;:!?)]+)')
 FIGURE = re.compile(r'(<div class="slider-figure"[^>]*)(><script[^>]*>)(.*?)(?=</script>)', re.DOTALL)
-PICTURE = re.compile(r'<img ([^>]*src="[^"]*_images/([^"/]+\.(?:png|svg))")')
+PICTURE = re.compile(r'<img ([^>]*src="[^"]*_images/([^"/]+\.(?:png|svg))")(?: style="([^"]*)")?')
 VIEW_BOX = re.compile(r'<svg[^>]* viewBox="\S+ \S+ (\S+) (\S+)"')
+FONT_SIZE = re.compile(r'font-size="([\d.]+)"')
 DOTS_PER_PIXEL = 2  # at which the 11 points of a figure's text are 11 pixels
+READABLE_TEXT = 11  # pixels
 
 # What the theme offers once it knows where the book's repository is.
 REPOSITORY_BUTTONS = {
@@ -84,15 +87,24 @@ def _reserve(figure):
 def _with_size(found, source):
     """Say how large a picture is, so that nothing moves when it comes, and how wide on a phone."""
     if source.suffix == ".svg":
-        view_box = VIEW_BOX.search(source.read_text(encoding="utf-8"))
-        if view_box is None:
-            raise ValueError(f"a drawing must have a viewBox, which {source.name} has not")
-        width, height = view_box.groups()
-        return f'<img width="{width}" height="{height}" {found[1]}'
-    with Image.open(source) as picture:
-        width, height = picture.size
-    style = f"--readable-width: {width / DOTS_PER_PIXEL:g}px"
+        width, height, readable_width = _size_of_drawing(source)
+    else:
+        with Image.open(source) as picture:
+            width, height = picture.size
+        readable_width = width / DOTS_PER_PIXEL
+    style = "; ".join(filter(None, [f"--readable-width: {readable_width:g}px", found[3]]))
     return f'<img width="{width}" height="{height}" style="{style}" {found[1]}'
+
+
+def _size_of_drawing(source):
+    """Return width and height of a drawing, and the width at which its smallest text can be read."""
+    text = source.read_text(encoding="utf-8")
+    view_box = VIEW_BOX.search(text)
+    if view_box is None:
+        raise ValueError(f"a drawing must have a viewBox, which {source.name} has not")
+    width, height = view_box.groups()
+    smallest = min(map(float, FONT_SIZE.findall(text)), default=math.inf)
+    return width, height, READABLE_TEXT * float(width) / smallest
 
 
 def finish(app, exception):

@@ -138,6 +138,19 @@ def test_text_in_pictures_is_readable_on_a_phone(page):
     assert min(texts) >= 11
 
 
+@of_chapters
+def test_text_in_drawings_is_readable_on_a_phone(page):
+    dress(page, PHONE, "light")
+    drawings = page.locator("article img[src$='.svg']:visible").evaluate_all("""all => Promise.all(all.map(async x => {
+      const drawn = new DOMParser().parseFromString(await (await fetch(x.src)).text(), "image/svg+xml").documentElement;
+      const sizes = [...drawn.querySelectorAll("text")]
+        .map(found => parseFloat(found.closest("[font-size]").getAttribute("font-size")));
+      return Math.min(...sizes) * x.getBoundingClientRect().width / drawn.viewBox.baseVal.width;
+    }))""")
+    assert drawings
+    assert min(drawings) >= 11 - 1e-3
+
+
 @pytest.mark.parametrize("page", REVISED, indirect=True)
 def test_a_page_is_not_mostly_code(page):
     dress(page, WIDE, "light")
