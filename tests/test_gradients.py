@@ -40,6 +40,27 @@ def test_per_sample_gradients_equal_one_backward_pass_an_example(name):
     assert_same(found, looped_gradients(model, functional.cross_entropy, *data))
 
 
+@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("tool", [per_sample_gradients, mean_gradient])
+def test_gradients_are_computed_where_the_reader_has_switched_them_off(tool, switched_off):
+    model = perceptron()
+    data = examples(model)
+    expected = tool(model, functional.cross_entropy, *data)
+    with switched_off():
+        found = tool(model, functional.cross_entropy, *data)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
+def test_squared_norms_are_computed_where_the_reader_has_switched_gradients_off(switched_off):
+    model = perceptron()
+    data = examples(model)
+    expected = per_sample_squared_norms(model, functional.cross_entropy, *data)
+    with switched_off():
+        found = per_sample_squared_norms(model, functional.cross_entropy, *data)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_large_per_sample_gradients_equal_one_backward_pass_an_example(name, chunk_size, monkeypatch):
