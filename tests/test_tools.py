@@ -31,6 +31,7 @@ from helpers.lab.gradients import (
 )
 from helpers.lab.runtime import generator
 from helpers.lab.watch import is_leaf
+from helpers.normalization import company, statistics_report
 from tests.zoo import (
     ZOO,
     Entry,
@@ -38,6 +39,7 @@ from tests.zoo import (
     apply,
     assert_trains_as_if_untouched,
     changes,
+    examples,
     fingerprint,
     gradients_one_by_one,
     map_inputs,
@@ -79,6 +81,11 @@ def refuses_coupled_examples(name: str, entry: Entry) -> bool:
     return entry.lazy or (entry.couples_examples and name != "summed loss")
 
 
+def has_batch_norm(entry: Entry) -> bool:
+    layers = entry.problem(2).model.modules()
+    return any(isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) for layer in layers)
+
+
 # The truth, one example at a time
 
 
@@ -110,6 +117,32 @@ def mean_squares_by_hooks(entry: Entry, n: int) -> dict[str, torch.Tensor]:
     for name, layer in problem.model.named_modules():
         if is_leaf(layer) and "parametrizations" not in name and list(layer.parameters()):
             layer.register_forward_hook(lambda _, __, output, name=name: record(name or "the model", output))
+    apply(problem.model, problem.inputs)
+    return found
+
+
+def logits_in_company(entry: Entry, n: int) -> dict[str, torch.Tensor]:
+    """Return what each example of the first half gets in a batch with the second, by plain forward passes."""
+    problem, found = entry.problem(n), []
+    for layer in problem.model.eval().modules():
+        layer.train(isinstance(layer, nn.BatchNorm2d))
+    for k in range(n // 2):
+        batch = torch.cat([problem.inputs[k : k + 1], problem.inputs[n // 2 :]])
+        found.append(problem.model(batch)[0].detach())
+    return {"mean outputs": torch.stack(found)}
+
+
+def variances_by_hooks(entry: Entry, n: int) -> dict[str, torch.Tensor]:
+    """Return running over measured variance of each layer of batch normalization, by geometric means over units."""
+    problem, found = entry.problem(n), {}
+
+    def record(name: str, layer: nn.Module, inputs: torch.Tensor) -> None:
+        variance = inputs.detach().var((0, 2, 3))
+        found[name] = (layer.running_var.log() - variance.log()).mean().exp()
+
+    for name, layer in problem.model.eval().named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(lambda layer, inputs, name=name: record(name, layer, inputs[0]))
     apply(problem.model, problem.inputs)
     return found
 
@@ -158,6 +191,18 @@ def noise_reported(problem: Problem) -> dict[str, torch.Tensor]:
     name, _, *parts = noise_scale_report(*problem).rows[0]
     assert name == "the model"
     return {"tr S and |∇L|²": torch.tensor([float(part) for part in parts[:2]], dtype=torch.float64)}
+
+
+def company_judged(problem: Problem) -> dict[str, torch.Tensor]:
+    judged, others = (examples(problem.inputs, rows) for rows in (slice(N // 2), slice(N // 2, N)))
+    source = generator("test.tools.company")
+    found = company(problem.model, judged, others, batch_size=N // 2 + 1, companies=3, generator=source)
+    return {"mean outputs": found.mean}
+
+
+def variances_reported(problem: Problem) -> dict[str, torch.Tensor]:
+    layers = statistics_report(problem.model, problem.inputs).layers
+    return {layer.name: torch.tensor(float(layer.ratio.value), dtype=torch.float64) for layer in layers}
 
 
 UNCLEAR, FEW = "must be 4 standard errors above zero", "tr S must not hang on few of the examples"
@@ -233,6 +278,10 @@ TOOLS = {
         refuses_coupled_examples,
     ),
     "propagation_report": Tool(mean_squares_reported, mean_squares_by_hooks, lambda name, entry: entry.lazy),
+    "company": Tool(company_judged, logits_in_company, lambda name, entry: not has_batch_norm(entry)),
+    "statistics_report": Tool(
+        variances_reported, variances_by_hooks, lambda name, entry: not has_batch_norm(entry), n=32
+    ),
 }
 every_tool = pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
 every_entry = pytest.mark.parametrize("name", ZOO)
