@@ -13,8 +13,8 @@ TESTS = $(shell grep -lE 'helpers(\.| import .*\b)$(CHAPTER)\b' tests/test_*.py)
 
 COMMA := ,
 EXTRAS_book := book
-EXTRAS_lab := lab
-EXTRAS_test := book,test
+EXTRAS_lab := lab,pretrained
+EXTRAS_test := book,test,pretrained
 EXTRAS_bench := bench
 
 .DEFAULT_GOAL := help

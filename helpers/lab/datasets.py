@@ -1,5 +1,7 @@
 """Real data that ships inside packages, so that no chapter needs a network."""
 
+import json
+from importlib.resources import files
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,13 @@ class Split(NamedTuple):
     y_train: torch.Tensor  # (N,)
     x_test: torch.Tensor  # (M, features)
     y_test: torch.Tensor  # (M,)
+
+
+class Texts(NamedTuple):
+    """English prose that the book has written."""
+
+    paragraphs: list[str]  # of its first three chapters, a hundred words each
+    paraphrases: list[list[str]]  # pairs of sentences that say the same
 
 
 def digits(dtype: torch.dtype = torch.float64) -> Split:
@@ -39,6 +48,20 @@ def digits(dtype: torch.dtype = torch.float64) -> Split:
     y = torch.as_tensor(labels, dtype=torch.int64, device=x.device)
     test = torch.arange(len(x), device=x.device) % 18 < 5
     return Split(x[~test], y[~test], x[test], y[test])
+
+
+def texts() -> Texts:
+    """Return twelve passages of the book's own prose, and 48 pairs of sentences that say the same.
+
+    The pairs are about eight subjects, six for each, so that a sentence has near misses among the others.
+
+    Returns
+    -------
+    Texts
+        Stored as they were once: what the book says today may differ.
+    """
+    stored = (files("helpers.data") / "texts.json").read_text(encoding="utf-8")
+    return Texts(**json.loads(stored))
 
 
 def augment(

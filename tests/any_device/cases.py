@@ -21,6 +21,7 @@ from helpers.lab import (
     gaussian,
     gradients,
     models,
+    pretrained,
     runtime,
     training,
     watch,
@@ -145,6 +146,7 @@ ELSEWHERE = [
     (random_networks.propagate, lambda at: networks(at, bias_variance=0.1, activation=torch.tanh)),
     (checks.require_same_device, lambda at: {"generator": at.generator, "x": at.normal(3)}),
     (datasets.digits, lambda at: {}),
+    (pretrained.tokenize, lambda at: {"texts": ["one", "one two"]}),
     (training.train, schedule),
     (training.per_sample_loss, classification),
     (training.accuracy, classification),
@@ -202,8 +204,8 @@ NUMBERS = [
 # Build a model, on the CPU, whose parameters then move.
 MODELS = [(models.mlp, {"sizes": (3, 4, 2)}, lambda at: at.normal(5, 3).float())]
 
-# Not run: they say what the device is.
-CHOOSE_THE_DEVICE = [runtime.device, runtime.generator]
+# Not run: they say what the device is, or make a model without values first.
+CHOOSE_THE_DEVICE = [runtime.device, runtime.generator, pretrained.minilm]
 # Not run by themselves, as generators and contexts: the gradients above run them.
 WITHIN_OTHERS = [
     batches.batches_of,
