@@ -83,6 +83,7 @@ data: $(VENV)/.installed-test  ## train again what is too long for a chapter, an
 	$(BIN)/python -m helpers.data.initialization
 	$(BIN)/python -m helpers.data.gradient_noise
 	$(BIN)/python -m helpers.data.normalization
+	$(BIN)/python -m helpers.data.dropout
 
 reseed: $(VENV)/.installed-test  ## check every claim under SEEDS=20 fresh seeds, or SEED=7; on Dask: SCHEDULER=tcp://host:8786
 	$(BIN)/python -m helpers.lab.reseed --seeds $(SEEDS) --jobs $(JOBS) $(if $(SEED),--seed $(SEED)) \

@@ -182,4 +182,5 @@ def test_the_chapters_behind_it_have_other_numbers(built):
     assert f"Chapter {number}" in (built / "api/initialization.html").read_text(encoding="utf-8")
     notation = [(cells[-1], links) for cells, links in rows(built, "notation.html") if links]
     assert (number, ["signal_propagation/initialization.html"]) in notation
-    assert {cell for cell, _ in notation} == {"1", "2", number}
+    chapters = len(list((ROOT / "helpers/registry").glob("*.yml"))) + 1  # and the dummy, which has no symbols
+    assert {cell for cell, _ in notation} == {str(k) for k in range(1, chapters + 1)} - {"3"}

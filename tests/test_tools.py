@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from helpers.dropout import masked_losses, remove_units
 from helpers.gradient_noise import gradient_noise_scale, noise_scale_report
 from helpers.initialization import propagation_report
 from helpers.lab.gradients import (
@@ -161,6 +162,52 @@ def one_sided(entry: Entry) -> Entry:
     return replace(entry, targets=targets)
 
 
+def drops(entry: Entry) -> bool:
+    kinds = nn.Dropout, nn.Dropout2d, nn.LSTM
+    layers = [] if entry.lazy else entry.problem(2).model.modules()
+    return any(
+        isinstance(layer, kinds) and (getattr(layer, "p", 0) or getattr(layer, "dropout", 0)) for layer in layers
+    )
+
+
+def loss_without_masks(entry: Entry, n: int) -> dict[str, torch.Tensor]:
+    problem = entry.problem(n)
+    return {"loss": problem.loss(apply(problem.model.eval(), problem.inputs), problem.targets).detach()}
+
+
+def is_classification(name: str, entry: Entry) -> bool:
+    return not entry.lazy and name not in ("linear regression", "dictionary as output")
+
+
+def first_layer(model: nn.Module) -> tuple[str, nn.Module]:
+    kinds = nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d
+    kinds += nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+    return next((name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds))
+
+
+def accuracies_without_units(entry: Entry, n: int) -> dict[str, torch.Tensor]:
+    """Return the accuracy without half of the first layer's units, three times, by a hook of our own."""
+    problem, source, found = entry.problem(n), generator("test.tools.units"), []
+    _, layer = first_layer(problem.model.eval())
+    axis = -1 if isinstance(layer, nn.Linear | nn.Embedding) else 1
+    kept = []
+
+    def remove(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        moved = output.movedim(axis, -1)
+        if not kept:
+            order, units = torch.randperm(moved.shape[-1], generator=source), moved.shape[-1]
+            kept.append(torch.isin(torch.arange(units), order[units // 2 :]).double() * units / (units - units // 2))
+        return (moved * kept[0]).movedim(-1, axis)
+
+    layer.register_forward_hook(remove)
+    for _ in range(3):
+        kept.clear()
+        logits = apply(problem.model, problem.inputs)
+        classes = logits.argmax(-1 if logits.shape[:-1] == problem.targets.shape else 1)
+        found.append((classes == problem.targets).double().mean())
+    return {"accuracies": torch.stack(found)}
+
+
 # The tools
 
 
@@ -233,6 +280,21 @@ WITHOUT_NOISE_SCALE = {
     ),
     **dict.fromkeys(("post-LN transformer", "equalized learning rate", "embedding with padding"), FEW),
 }
+
+
+def loss_reported(problem: Problem) -> dict[str, torch.Tensor]:
+    found = masked_losses(*problem, masks=5, generator=generator("test.tools.masks"))
+    return {"loss": torch.tensor(float(found.whole.loss.value), dtype=torch.float64)}
+
+
+def accuracies_reported(problem: Problem) -> dict[str, torch.Tensor]:
+    model, _, inputs, targets = problem
+    layers = [first_layer(model)[0]]
+    source = generator("test.tools.units")
+    found = remove_units(model, inputs, targets, layers=layers, repeats=3, generator=source)
+    return {"accuracies": torch.from_numpy(found.accuracies)}
+
+
 TOOLS = {
     "per_sample_gradients": Tool(
         lambda problem: per_sample_gradients(*problem), gradients_one_by_one, refuses_coupled_examples
@@ -281,6 +343,10 @@ TOOLS = {
     "company": Tool(company_judged, logits_in_company, lambda name, entry: not has_batch_norm(entry)),
     "statistics_report": Tool(
         variances_reported, variances_by_hooks, lambda name, entry: not has_batch_norm(entry), n=32
+    ),
+    "masked_losses": Tool(loss_reported, loss_without_masks, lambda name, entry: not drops(entry)),
+    "remove_units": Tool(
+        accuracies_reported, accuracies_without_units, lambda name, entry: not is_classification(name, entry)
     ),
 }
 every_tool = pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)

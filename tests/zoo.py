@@ -209,9 +209,9 @@ class LanguageModel(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: type[nn.RNNBase], dropout: float = 0.0) -> None:
         super().__init__()
-        self.layers = kind(4, 3, num_layers=2, batch_first=True)
+        self.layers = kind(4, 3, num_layers=2, batch_first=True, dropout=dropout)
         self.head = nn.Linear(3, N_CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -452,6 +452,12 @@ ZOO: dict[str, Entry] = {
     "u-shaped": Entry(UShaped, normal(2, 4, 4), integers(N_CLASSES, 4, 4)),
     "dropout, training": Entry(lambda: mlp(middle=nn.Dropout(0.5)), vectors, labels, uses_randomness=True),
     "dropout, evaluation": Entry(lambda: mlp(middle=nn.Dropout(0.5)), vectors, labels, training=False),
+    "dropout of channels, evaluation": Entry(
+        convolutional(nn.Conv2d(2, 4, 3), nn.Dropout2d(0.4), nn.ReLU(), flat=64), images, labels, training=False
+    ),
+    "LSTM with dropout, evaluation": Entry(
+        lambda: Recurrent(nn.LSTM, dropout=0.4), sequences, labels, training=False, vmap=False
+    ),
     "frozen layers": Entry(frozen, vectors, labels),
     "layer used twice": Entry(Shared, vectors, labels),
     "unused layer": Entry(UnusedLayer, vectors, labels),
