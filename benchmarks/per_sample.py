@@ -8,6 +8,7 @@ import torch
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad
 from opacus import GradSampleModule
+from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,20 +20,26 @@ from helpers.lab.gradients import per_sample_gradients, per_sample_squared_norms
 EXAMPLES = 256
 
 Gradients = dict[str, torch.Tensor]
+Maker = Callable[[nn.Module, torch.Tensor, torch.Tensor], Call]
 
 
 def races() -> list[Race]:
     # The hooks of both peers make PyTorch say that no input requires a gradient.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    loop = {"loop": by_loop}
+    peers = {"Opacus": by_opacus, "BackPACK": by_backpack}
+    # Neither peer has a rule for PyTorch's attention, which reads its weights without calling a layer. Opacus brings
+    # one of its own, made of linear layers; BackPACK has no rule for layer normalization.
     networks = {
-        "perceptron": lambda: models.mlp((64, 256, 256, 10)),
-        "convolutional network": convolutional_network,
-        "transformer": Transformer,
+        "perceptron": (lambda: models.mlp((64, 256, 256, 10)), peers | loop),
+        "convolutional network": (convolutional_network, peers | loop),
+        "transformer": (Transformer, loop),
+        "transformer of Opacus": (lambda: ModuleValidator.fix(Transformer()), {"Opacus": by_opacus} | loop),
     }
-    return [race for name, build in networks.items() for race in races_of(name, build)]
+    return [race for name, network in networks.items() for race in races_of(name, *network)]
 
 
-def races_of(name: str, build: Callable[[], nn.Module]) -> list[Race]:
+def races_of(name: str, build: Callable[[], nn.Module], makers: dict[str, Maker]) -> list[Race]:
     with seeded(f"benchmark {name}"):
         model = build()
     source = generator("benchmark examples")
@@ -49,10 +56,7 @@ def races_of(name: str, build: Callable[[], nn.Module]) -> list[Race]:
     def norms_of_gradients() -> torch.Tensor:
         return sum(g.flatten(1).square().sum(1) for g in ours().values())
 
-    others = {"Opacus": by_opacus, "BackPACK": by_backpack, "loop": by_loop}
-    if name == "transformer":  # neither peer has a rule for attention: it reads its weights without calling a layer
-        others = {"loop": by_loop}
-    others = {other: make(model, inputs, targets) for other, make in others.items()}
+    others = {other: make(model, inputs, targets) for other, make in makers.items()}
     for other in others.values():
         require_equal(other(), ours())
     require_equal(norms_of_gradients(), norms())

@@ -241,6 +241,8 @@ def test_asymmetry_is_the_skewness_of_the_estimates_error():
         (12345.0, 80.0, "12,340 ± 80"),
         (12345.0, 2345.0, "12,300 ± 2,300"),
         (1.5, 240.0, "0 ± 240"),
+        (0.000482, 0.000021, "0.000482 ± 0.000021"),  # 1e-4 is still written out, 1e-5 is not
+        (0.0000482, 0.0000021, "(4.82 ± 0.21)e-05"),
         (3.0, 0.0, "3 ± 0"),
         (1.4824e10, 8.1e7, "(1.482 ± 0.008)e+10"),
         (-1.4824e-7, 8.1e-9, "(-1.48 ± 0.08)e-07"),
@@ -467,6 +469,18 @@ def test_function_of_refuses_a_maximum():
     centered = rng("test.estimates.maximum").normal(0, 1, (5000, 1))
     with pytest.raises(ValueError, match="the estimate is degenerate, or n too small"):
         function_of(lambda m: m[0] ** 2, centered)
+
+
+@pytest.mark.parametrize(("center", "refused"), [(0.497, True), (0.498, False)])
+def test_a_square_is_refused_where_its_curvature_over_n_minus_1_asks_for_it(center, refused):
+    # Of 102 samples μ ± 1, the square of the mean has the linear term (2μ)² and the quadratic one (f'')² / 2 = 2: the
+    # limit is μ = √(25/101) = 0.4975.
+    samples = center + np.repeat([[1.0], [-1.0]], 51, axis=0)
+    if not refused:
+        function_of(lambda m: m[0] ** 2, samples)
+        return
+    with pytest.raises(ValueError, match=re.escape("n - 1 = 0.99, got 0.988 with n = 102")):
+        function_of(lambda m: m[0] ** 2, samples)
 
 
 @pytest.mark.parametrize(

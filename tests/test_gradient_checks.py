@@ -171,6 +171,20 @@ def test_couplings_written_by_hand_are_refused(couple, call):
     assert_refused(call, "others of its batch", model, functional.cross_entropy, normal(7, 4), LABELS)
 
 
+@FUNCTIONS
+def test_a_coupling_of_five_examples_is_refused(call):
+    model = build(lambda: Coupled(lambda x: x - x.mean(0) if len(x) >= 5 else x))
+    assert_refused(call, "others of its batch", model, functional.cross_entropy, normal(7, 4), LABELS)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_small_batches_are_joined_until_five_examples_show_a_coupling(batch_size, call):
+    model = build(lambda: Coupled(lambda x: x - x.mean(0) if len(x) >= 5 else x))
+    loader = DataLoader(TensorDataset(normal(7, 4), LABELS), batch_size=batch_size)
+    assert_refused(call, "others of its batch", model, functional.cross_entropy, loader)
+
+
 def test_ambiguous_examples_do_not_settle_whether_a_loss_averages():
     # The gradients of the first and of the compared examples vanish, so that their mean is their sum.
     model = build(lambda: nn.Linear(4, 1, bias=False))
@@ -377,6 +391,17 @@ def sparse():
 @pytest.mark.parametrize("chunk_size", [None, 3])
 def test_what_vmap_cannot_do_is_right_by_a_loop(constructor, chunk_size):
     assert_right(build(constructor), functional.cross_entropy, normal(7, 4), LABELS, chunk_size=chunk_size)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("constructor", [Branching, Reentrant])
+def test_the_loop_computes_gradients_where_the_reader_has_switched_them_off(constructor, switched_off, call):
+    model, data = build(constructor), (normal(7, 4), LABELS)
+    expected = call(model, functional.cross_entropy, *data)
+    with switched_off():
+        found = call(model, functional.cross_entropy, *data)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_sparse_gradients_are_made_dense():
