@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from helpers.attention_scaling import score_report
 from helpers.dropout import masked_losses, remove_units
 from helpers.gradient_noise import gradient_noise_scale, noise_scale_report
 from helpers.initialization import propagation_report
@@ -252,6 +253,36 @@ def variances_reported(problem: Problem) -> dict[str, torch.Tensor]:
     return {layer.name: torch.tensor(float(layer.ratio.value), dtype=torch.float64) for layer in layers}
 
 
+def attends(entry: Entry) -> bool:
+    return not entry.lazy and any(isinstance(m, nn.MultiheadAttention) for m in entry.problem(1).model.modules())
+
+
+def participation_reported(problem: Problem) -> dict[str, torch.Tensor]:
+    report = score_report(problem.model, problem.inputs, min_keys=1)
+    found = [
+        torch.tensor([float(head.participation.value) for head in call], dtype=torch.float64) for call in report.calls
+    ]
+    return {
+        f"{k}: {call[0].name}": of_heads for k, (call, of_heads) in enumerate(zip(report.calls, found, strict=True))
+    }
+
+
+def participation_by_weights(entry: Entry, n: int) -> dict[str, torch.Tensor]:
+    """Return the mean of Σs² for each head, from the weights that each layer returns if it is asked for them."""
+    problem, found = entry.problem(n), {}
+
+    def ask(layer: nn.Module, arguments: tuple, options: dict, output: Any, name: str) -> None:
+        asked = options | {"need_weights": True, "average_attn_weights": False}
+        weights = nn.MultiheadAttention.forward(layer, *arguments, **asked)[1]  # (n, heads, queries, keys)
+        found[f"{len(found)}: {name}"] = weights.detach().square().sum(-1).mean((0, 2))
+
+    for name, layer in problem.model.named_modules():
+        if isinstance(layer, nn.MultiheadAttention):
+            layer.register_forward_hook(functools.partial(ask, name=name), with_kwargs=True)
+    apply(problem.model, problem.inputs)
+    return found
+
+
 UNCLEAR, FEW = "must be 4 standard errors above zero", "tr S must not hang on few of the examples"
 # At 48 examples, even one-sided ones, these have a mean gradient that drowns in noise, or noise that a few make.
 WITHOUT_NOISE_SCALE = {
@@ -339,6 +370,7 @@ TOOLS = {
         },
         refuses_coupled_examples,
     ),
+    "score_report": Tool(participation_reported, participation_by_weights, lambda name, entry: not attends(entry)),
     "propagation_report": Tool(mean_squares_reported, mean_squares_by_hooks, lambda name, entry: entry.lazy),
     "company": Tool(company_judged, logits_in_company, lambda name, entry: not has_batch_norm(entry)),
     "statistics_report": Tool(

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from helpers import gradient_noise, initialization
 from helpers.lab import (
+    attention,
     batches,
     checks,
     claims,
@@ -208,6 +209,7 @@ MODELS = [(models.mlp, {"sizes": (3, 4, 2)}, lambda at: at.normal(5, 3).float())
 CHOOSE_THE_DEVICE = [runtime.device, runtime.generator, pretrained.minilm]
 # Not run by themselves, as generators and contexts: the gradients above run them.
 WITHIN_OTHERS = [
+    attention.watch_attention,
     batches.batches_of,
     gradients.gradient_chunks,
     gradients.gradient_sums,
