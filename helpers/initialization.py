@@ -19,7 +19,7 @@ from scipy import special, stats
 from scipy.optimize import brentq
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from helpers.lab import figures
 from helpers.lab.batches import batches_of
@@ -29,7 +29,7 @@ from helpers.lab.checks import (
     require_positive,
     require_same_device,
 )
-from helpers.lab.gaussian import Activation, product_expectation, second_moment, slope_moment
+from helpers.lab.gaussian import Activation, mean_slopes, product_expectation, second_moment, slope_moment
 from helpers.lab.tables import Table
 from helpers.lab.watch import Call, output_gradients, untouched, watch
 
@@ -38,6 +38,19 @@ NEAR = 1e-6
 
 CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 CONVOLUTIONAL = tuple(CONVOLUTIONS)
+RECURRENT = "RNN", "LSTM", "GRU"
+# What networks call as a function between layers; it takes part in predictions where values and gradients agree.
+FUNCTIONS = (
+    nn.ReLU(),
+    nn.Tanh(),
+    nn.GELU(),
+    nn.GELU(approximate="tanh"),
+    nn.SiLU(),
+    nn.Sigmoid(),
+    nn.LeakyReLU(),
+    nn.ELU(),
+    nn.Softplus(),
+)
 
 
 # Closed forms
@@ -377,10 +390,25 @@ def chi(activation: Activation, variance: float, *, weight_scale: float, correla
     Raises
     ------
     ValueError
-        If an argument is negative, or the correlation not between -1 and 1.
+        If an argument is negative, or the correlation not between -1 and 1; if the activation jumps, since no slope
+        says what becomes of a difference across a jump, or has no derivative.
     """
     require_not_negative(weight_scale=weight_scale)
-    return weight_scale * slope_moment(activation, variance, correlation)
+    slope = slope_moment(activation, variance, correlation)
+    _require_continuous(activation, variance)
+    return weight_scale * slope
+
+
+def _require_continuous(activation: Activation, variance: float) -> None:
+    if variance == 0:
+        return
+    by_values, by_autograd = mean_slopes(activation, variance)
+    size = math.sqrt(second_moment(activation, variance) / variance)
+    if abs(by_values - by_autograd) > 1e-5 * (size + abs(by_autograd)):
+        raise ValueError(
+            f"the activation must be continuous and autograd's derivative its own, got one with mean slope "
+            f"{by_autograd:.3g} by autograd and {by_values:.3g} by its values"
+        )
 
 
 def correlation_map(
@@ -435,7 +463,7 @@ def fixed_correlation(
     Raises
     ------
     ValueError
-        As :func:`correlation_map`.
+        As :func:`correlation_map` and :func:`chi`: an activation that jumps is refused.
     """
     if chi(activation, variance, weight_scale=weight_scale) <= 1 + NEAR:
         return 1.0
@@ -471,7 +499,7 @@ def depth_scale(
     Raises
     ------
     ValueError
-        If the signal dies or grows without bound, or an argument is out of range.
+        If the signal dies or grows without bound, the activation jumps, or an argument is out of range.
 
     Examples
     --------
@@ -514,8 +542,8 @@ def edge_of_chaos(activation: Activation, variance: float) -> Scales:
     Raises
     ------
     ValueError
-        If `variance` is not positive; if the activation is flat almost everywhere, or σ_b² would be negative: then no
-        network is critical there.
+        If `variance` is not positive; if the activation is flat almost everywhere, jumps or has no derivative, or σ_b²
+        would be negative: then no network is critical there.
 
     Examples
     --------
@@ -524,7 +552,7 @@ def edge_of_chaos(activation: Activation, variance: float) -> Scales:
     (1.688, 0.038)
     """
     require_positive(variance=variance)
-    slope = slope_moment(activation, variance)
+    slope = chi(activation, variance, weight_scale=1.0)
     require_positive(mean_square_slope=slope)
     weight_scale = 1 / slope
     bias_variance = variance - weight_scale * second_moment(activation, variance)
@@ -567,10 +595,11 @@ class PropagationReport:
         In the order in which they ran.
     limit : float
         A layer goes wrong where a second moment is more than `limit` times larger or smaller than where the stack of
-        layers begins: forward at its first layer, backward at the last layer before the head. The head is not part of
-        the stack, since its size sets the scale of all gradients alike; it goes wrong if it is 0 or not finite.
-        The first layer, which sets the scale of all values alike, goes wrong too if its weight scale is more than
-        `limit` times larger or smaller than the median of the layers between it and the head.
+        layers begins: forward at its first layer, backward at the last layer before the head. The head, the last layer,
+        is not part of the stack, since its size sets the scale of all gradients alike; it goes wrong, in either
+        direction, only if it is 0 or not finite. The first layer, which sets the scale of all values alike, goes wrong
+        too if its weight scale is more than `limit` times larger or smaller than the median of the layers between it
+        and the head; where there is no such scale or median, the verdict says that it was not judged.
     """
 
     layers: tuple[LayerReport, ...]
@@ -579,20 +608,26 @@ class PropagationReport:
     @property
     def first_bad_forward(self) -> str | None:
         """Name of the first layer, from the input on, whose values have left the limits; None if none has."""
-        first, *stack = self.layers
-        scales = [layer.weight_scale for layer in stack[:-1] if math.isfinite(layer.weight_scale)]
-        odd = first.weight_scale / np.median(scales) if scales and np.median(scales) > 0 else math.nan
+        odd = self._size_of_first()
         if odd < 1 / self.limit or odd > self.limit:
-            return first.name
-        return self._first_bad([(layer.name, layer.forward) for layer in self.layers])
+            return self.layers[0].name
+        *stack, head = [(layer.name, layer.forward) for layer in self.layers]
+        return (self._first_bad(stack) if stack else None) or self._dead(head)
 
     @property
     def first_bad_backward(self) -> str | None:
         """Name of the first layer, from the output on, whose gradients have left the limits; None if none has."""
         head, *stack = [(layer.name, layer.backward) for layer in reversed(self.layers)]
-        if not stack or not 0 < head[1] < math.inf:
-            return self._first_bad([head])
-        return self._first_bad(stack)
+        return self._dead(head) or (self._first_bad(stack) if stack else None)
+
+    def _size_of_first(self) -> float:
+        """Return its weight scale over the median of those between it and the head, NaN where there is none."""
+        scales = [layer.weight_scale for layer in self.layers[1:-1] if math.isfinite(layer.weight_scale)]
+        return self.layers[0].weight_scale / np.median(scales) if scales and np.median(scales) > 0 else math.nan
+
+    def _dead(self, layer: tuple[str, float]) -> str | None:
+        name, moment = layer
+        return None if 0 < moment < math.inf else name
 
     def _first_bad(self, moments: list[tuple[str, float]]) -> str | None:
         name, start = moments[0]
@@ -603,10 +638,15 @@ class PropagationReport:
 
     @property
     def verdict(self) -> str:
-        """Which layer goes wrong first, in either direction, in one sentence."""
+        """Which layer goes wrong first, in either direction, and what was not judged, in one sentence."""
         found = [("values", self.first_bad_forward), ("gradients", self.first_bad_backward)]
-        bad = [f"{what} first go wrong at layer {name}" for what, name in found if name is not None]
-        return "; ".join(bad) if bad else f"all second moments stay within a factor of {self.limit:g}"
+        said = [f"{what} first go wrong at layer {name}" for what, name in found if name is not None]
+        said = said or [f"all second moments stay within a factor of {self.limit:g}"]
+        if self.first_bad_forward is None and math.isnan(self._size_of_first()):
+            said.append(f"the weights of the first layer, {self.layers[0].name}, were not judged")
+        recurrent = [layer.name for layer in self.layers if layer.kind in RECURRENT]
+        said += [f"what happens within {name}, from step to step, was not seen" for name in recurrent]
+        return "; ".join(said)
 
     @property
     def table(self) -> Table:
@@ -657,7 +697,7 @@ def propagation_report(
     inputs : torch.Tensor, tuple, list or mapping of tensors, or an iterable of batches such as a ``DataLoader``
         A batch of your data, examples along dimension 0, on the device of the model: ``model(x)``, ``model(*inputs)``
         or ``model(**inputs)``, so without targets. Of any other iterable, the first batch, ``(inputs, targets)`` or
-        inputs alone.
+        inputs alone. Finite, but for additive masks beside other inputs, of entries 0 and -inf.
     generator : torch.Generator
         Draws the readout whose gradient is propagated: independent N(0, 1) weights of all outputs.
     limit : float
@@ -674,20 +714,25 @@ def propagation_report(
         that do something else are only measured. They use of each layer only the mean squares of its weights and
         biases, and hold for independent weights of mean zero and wide layers; near the borders of an image on average.
         As long as each layer's input is the output of the one before, or of functions that act on it entry by entry,
-        predictions are chained, forward from the inputs' second moment and backward from the readout's. Where the
-        chain breaks, as at a normalization layer, attention or a sum of branches, it begins anew: forward at the
-        measured second moment of the next layer's input, backward at the measured gradient of the chain's last layer.
+        predictions are chained, forward from the inputs' second moment and backward from the readout's. Such a
+        function is a module (``nn.ReLU``) or, between two layers, the function of one that is in `FUNCTIONS`, with its
+        default arguments (``F.relu``, ``torch.tanh``); others break the chain. Where it breaks, as at a normalization
+        layer, attention or a sum of branches, it begins anew: forward at the measured second moment of the next
+        layer's input, backward at the measured gradient of the chain's last layer.
 
         Dropout in training draws one mask, from the global random state as in your training; the figures are those
-        of this mask, and predictions begin anew behind it. In half precision layers are only measured, since what a
-        layer did cannot be told apart from rounding.
+        of this mask, and predictions begin anew behind it. In half precision, and under autocast, predictions are made
+        where doing again what a layer did gives exactly the same.
+
+        A recurrent layer is one call: its figures are means over all steps, which hide a gradient that dies from
+        step to step. The verdict says so.
 
     Raises
     ------
     ValueError
-        If inputs hold no example, lack the batch dimension or are not finite; if the model calls no layer with
-        parameters, has lazy ones, or returns no floating-point tensor; if `limit` is not above 1, or the generator is
-        on another device.
+        If inputs hold no example, lack the batch dimension or, masks aside, are not finite; if the model calls no layer
+        with parameters, has lazy ones, or returns no floating-point tensor; if `limit` is not above 1, or the generator
+        is on another device.
 
     Examples
     --------
@@ -705,6 +750,7 @@ def propagation_report(
         calls, output, readout = _run(model, inputs, generator)
         gradients = output_gradients(_read(output, readout), calls)
         links = [_link(call, gradient) for call, gradient in zip(calls, gradients, strict=True)]
+        calls, links, gradients = _with_functions(list(zip(calls, links, gradients, strict=True)))
         predicted = _predictions(calls, links, gradients, output, readout)
     layers = [
         LayerReport(
@@ -734,6 +780,9 @@ class _Link(NamedTuple):
     fans: tuple[float, float] | None = None
     function: Activation | None = None
     input_gradient: torch.Tensor | None = None  # what it hands on to the layer before
+
+
+_Step = tuple[Call, _Link, torch.Tensor]  # a call, what it did, and the gradient by its output
 
 
 def _first_batch(inputs: torch.Tensor | Sequence | Mapping | Iterable, device: torch.device) -> Any:
@@ -790,9 +839,18 @@ def _product(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     if isinstance(layer, nn.Linear):
         return F.linear(x, layer.weight, layer.bias)
     for kind, convolve in CONVOLUTIONS.items():
-        if isinstance(layer, kind) and layer.padding_mode == "zeros":
-            return convolve(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        if isinstance(layer, kind):
+            x, padding = _padded(layer, x)
+            return convolve(x, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
     return None
+
+
+def _padded(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, str | tuple[int, ...]]:
+    """Return the input of a convolution, padded unless with zeros, and what padding is left to do."""
+    if layer.padding_mode == "zeros" or isinstance(layer.padding, str):
+        return x, layer.padding
+    sides = [side for width in reversed(layer.padding) for side in (width, width)]
+    return F.pad(x, sides, mode=layer.padding_mode), (0,) * len(layer.padding)
 
 
 def _entry_by_entry(call: Call, x: torch.Tensor, gradient: torch.Tensor) -> _Link:
@@ -809,10 +867,35 @@ def _entry_by_entry(call: Call, x: torch.Tensor, gradient: torch.Tensor) -> _Lin
     return _Link(None, call.layer, back)
 
 
+def _with_functions(steps: list[_Step]) -> tuple[list[Call], list[_Link], list[torch.Tensor]]:
+    """Insert functions that acted between two layers without being layers, and take the steps apart."""
+    found = steps[:1]
+    for before, after in pairwise(steps):
+        found += [] if _hands_on(before, after) else _function_between(before, after)
+        found.append(after)
+    return tuple(map(list, zip(*found, strict=True))) if found else ([], [], [])
+
+
+def _function_between(before: _Step, after: _Step) -> list[_Step]:
+    """Return the function, as if it were a layer, in a list; none if it is none of `FUNCTIONS`."""
+    call, link = before[0], after[1]
+    x, behind = call.output.detach(), after[0].inputs[0]
+    if link.input_gradient is None or behind.numel() != x.numel() or behind.dtype != x.dtype:
+        return []
+    gradient = link.input_gradient.reshape(x.shape)
+    for function in FUNCTIONS:
+        between = Call("", function, (x,), (function(x),), ((x,), {}))
+        if _hands_on((between, _Link(), gradient), after):
+            step = between, _entry_by_entry(between, x.clone().requires_grad_(), gradient), gradient
+            return [step] if _hands_on(before, step) else []
+    return []
+
+
 def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two tensors have the same entries, but for rounding; in half precision nobody can tell."""
+    """Whether two tensors have the same entries, but for rounding; in half precision, exactly the same."""
     rounding = 1e3 * torch.finfo(expected.dtype).eps
-    if found.shape != expected.shape or found.dtype != expected.dtype or rounding > 1e-2:
+    rounding = rounding if rounding < 1e-2 else 0.0
+    if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     finite = expected.detach()[torch.isfinite(expected)].abs()
     size = finite.max().item() if finite.numel() else 0.0
@@ -851,7 +934,7 @@ def _predictions(
     return list(zip(forward, backward, strict=True))
 
 
-def _hands_on(first: tuple[Call, _Link, torch.Tensor], second: tuple[Call, _Link, torch.Tensor]) -> bool:
+def _hands_on(first: _Step, second: _Step) -> bool:
     """Whether the second call took what the first gave, and nothing else did: the gradient says so."""
     (before, _, gradient), (after, link, _) = first, second
     if link.input_gradient is None or after.inputs[0].numel() != before.output.numel():
@@ -905,10 +988,10 @@ def _fans(layer: nn.Module, input_shape: torch.Size, output_shape: torch.Size) -
     """Return how many inputs an output has, and how many outputs an input has, on average over an image."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    ones = torch.ones((1, 1, *input_shape[2:]), device=layer.weight.device)
+    ones, padding = _padded(layer, torch.ones((1, 1, *input_shape[2:]), device=layer.weight.device))
     kernel = torch.ones((1, 1, *layer.kernel_size), device=layer.weight.device)
     convolve = next(function for kind, function in CONVOLUTIONS.items() if isinstance(layer, kind))
-    how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    how = {"stride": layer.stride, "padding": padding, "dilation": layer.dilation}
     links = convolve(ones, kernel, **how).sum().item()  # pixels that meet, fewer where the kernel hangs over the border
     fan_in = layer.in_channels / layer.groups * links / math.prod(output_shape[2:])
     return fan_in, layer.out_channels / layer.groups * links / math.prod(input_shape[2:])
@@ -922,12 +1005,19 @@ def _mean_square(x: torch.Tensor) -> float:
 
 
 def _require_batch(inputs: torch.Tensor | tuple | list | dict, generator: torch.Generator) -> None:
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    leaves = [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(inputs)[0]]
+    tensors = [(f"inputs{path}", leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
     if not tensors:
         raise ValueError(f"inputs must hold at least one tensor, got {inputs}")
-    for x in tensors:
+    for name, x in tensors:
         require_same_device(generator, inputs=x)
         if x.ndim == 0 or x.numel() == 0:
             raise ValueError(f"inputs must hold at least one example, got shape {tuple(x.shape)}")
-        if x.is_floating_point() and not torch.isfinite(x).all():
-            raise ValueError(f"inputs must be finite, got {x[~torch.isfinite(x)][0].item()}")
+        if x.is_floating_point() and not torch.isfinite(x).all() and not (len(tensors) > 1 and _is_mask(x)):
+            advice = "; a mask must hold 0 and -inf alone, or be boolean" if "mask" in name else ""
+            raise ValueError(f"{name} must be finite, got {x[~torch.isfinite(x)][0].item()}{advice}")
+
+
+def _is_mask(x: torch.Tensor) -> bool:
+    """Whether it is added to scores of attention, such as that of ``Transformer.generate_square_subsequent_mask``."""
+    return bool(((x == 0) | (x == -math.inf)).all())

@@ -11,7 +11,7 @@ from scipy import integrate, stats
 from torch import nn
 
 from helpers.lab import runtime
-from helpers.lab.gaussian import expectation, product_expectation, second_moment, slope_moment
+from helpers.lab.gaussian import expectation, mean_slopes, product_expectation, second_moment, slope_moment
 from tests.activations import PLAIN, each_activation, normal_mean
 
 
@@ -29,6 +29,22 @@ def test_slope_moment_equals_adaptive_quadrature(activation, variance):
     _, slope = PLAIN[activation]
     expected = normal_mean(lambda z: slope(math.sqrt(variance) * z) ** 2)
     assert slope_moment(activation, variance) == pytest.approx(expected, rel=1e-10)
+
+
+@each_activation
+@pytest.mark.parametrize("variance", [0.01, 1.0, 9.0])
+def test_mean_slopes_of_continuous_functions_are_the_same_twice(activation, variance):
+    _, slope = PLAIN[activation]
+    std = math.sqrt(variance)
+    expected = normal_mean(lambda z: slope(std * (z + 0.37)), breaks=(-0.37,))
+    assert mean_slopes(activation, variance) == pytest.approx((expected, expected), rel=1e-10)
+
+
+def test_mean_slope_by_values_counts_jumps():
+    by_values, by_autograd = mean_slopes(lambda z: 3 * torch.sign(z - 0.5) + z, 4.0)
+    # A jump of 6 at z = 0.5, where z ~ N(0.74, 4).
+    assert by_values == pytest.approx(1 + 6 * stats.norm.pdf(0.5, loc=0.74, scale=2), rel=1e-10)
+    assert by_autograd == pytest.approx(1, rel=1e-12)
 
 
 def test_powers_have_the_moments_of_normal_variables():
@@ -52,6 +68,10 @@ def test_quadrature_stays_on_the_cpu_wherever_the_book_computes(monkeypatch):
         (lambda: expectation(torch.tanh, -1.0), "variance must not be negative, got -1.0"),
         (lambda: second_moment(torch.tanh, math.nan), "variance must not be negative, got nan"),
         (lambda: slope_moment(torch.tanh, -1.0), "variance must not be negative, got -1.0"),
+        (
+            lambda: slope_moment(lambda z: (z > 0).double(), 1.0),
+            "the activation must be differentiable by autograd, got one without a derivative",
+        ),
         (lambda: slope_moment(torch.tanh, 1.0, 1.1), "correlation must lie between -1 and 1, got 1.1"),
         (lambda: product_expectation(torch.tanh, -1.0, 0.5), "variance must not be negative, got -1.0"),
         (lambda: product_expectation(torch.tanh, 1.0, -1.1), "correlation must lie between -1 and 1, got -1.1"),

@@ -691,7 +691,57 @@ def test_edge_of_chaos_is_refused_where_no_network_is_critical():
     with pytest.raises(ValueError, match=r"^no network is critical"):
         edge_of_chaos(lambda z: torch.relu(z) + 1e-8, 1.0)
     with pytest.raises(ValueError, match=r"^mean_square_slope must be positive and finite, got 0\.0$"):
-        edge_of_chaos(torch.sign, 1.0)
+        edge_of_chaos(lambda z: 0 * z + 1, 1.0)
+
+
+def box(z):  # two jumps that cancel in the mean slope at mean 0
+    return z * 0 + (z.abs() < 1)
+
+
+JUMPS = {
+    "sign": torch.sign,
+    "hardshrink": F.hardshrink,
+    "threshold": nn.Threshold(0.5, 0.0),
+    "box": box,
+    "small jump": lambda z: torch.tanh(z) + 1e-3 * torch.sign(z - 0.3),
+}
+
+
+@pytest.mark.parametrize("activation", JUMPS.values(), ids=JUMPS)
+def test_activations_that_jump_are_refused_where_slopes_count(activation):
+    rule = r"^the activation must be continuous and autograd's derivative its own, got one with mean slope"
+    for call in (
+        lambda: chi(activation, 1.6, weight_scale=1.5, correlation=0.4),
+        lambda: fixed_correlation(activation, 1.6, weight_scale=1.5, bias_variance=0.1),
+        lambda: depth_scale(activation, weight_scale=0.9, bias_variance=0.1),
+        lambda: edge_of_chaos(activation, 1.0),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            call()
+
+
+def test_the_maps_of_an_activation_that_jumps_follow_the_arcsine_law():
+    found = correlation_map(torch.sign, 0.6, 1.6, weight_scale=1.5, bias_variance=0.1)
+    assert found == pytest.approx((1.5 * 2 / math.pi * math.asin(0.6) + 0.1) / 1.6, abs=1e-10)
+
+
+def test_activations_without_a_derivative_are_refused():
+    rule = "the activation must be differentiable by autograd, got one without a derivative"
+    for call in (
+        lambda: chi(lambda z: (z > 0).double(), 1.0, weight_scale=1.0),
+        lambda: depth_scale(lambda z: (z > 0).double(), weight_scale=1.0, bias_variance=0.1),
+        lambda: edge_of_chaos(lambda z: (z > 0).double(), 1.0),
+    ):
+        with pytest.raises(ValueError, match=f"^{rule}$"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU6(), nn.Hardtanh(), nn.Hardswish(), nn.Hardsigmoid(), nn.CELU(0.7), nn.PReLU(), F.softshrink]
+)
+@pytest.mark.parametrize("variance", [1e-4, 1.0, 30.0])
+def test_kinks_are_no_jumps(activation, variance):
+    assert chi(activation, variance, weight_scale=1.0) >= 0
 
 
 def test_no_layers_fluctuate_not_at_all():

@@ -1,6 +1,7 @@
 """The report on a network: what it measured against plain passes, what it predicted against averages and theory."""
 
 import copy
+import dataclasses
 import math
 import re
 from collections import OrderedDict
@@ -92,6 +93,8 @@ CONVOLUTIONS = [
     (nn.Conv2d(3, 4, 3, padding=1), (3, 5, 4)),
     (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2), groups=2), (4, 6, 5)),
     (nn.Conv2d(4, 4, 3, padding=2, groups=4), (4, 3, 4)),
+    (nn.Conv1d(2, 3, 3, padding=1, stride=2, padding_mode="circular"), (2, 7)),
+    (nn.Conv2d(4, 6, 3, padding=(1, 0), groups=2, padding_mode="circular"), (4, 5, 4)),
     (nn.Conv3d(2, 4, (2, 3, 1), stride=(1, 2, 1), padding=(1, 1, 0), dilation=(2, 1, 1), groups=2), (2, 4, 5, 3)),
 ]
 
@@ -244,7 +247,7 @@ def test_report_needs_a_limit_above_one(limit):
 
 def made_up(forward, backward, limit=100.0):
     layers = [
-        LayerReport(f"layer{k}", "Linear", 3.0, 4.0, one, 1.0, other, 2.0)
+        LayerReport(f"layer{k}", "Linear", 3.0, 4.0, one, 1.0, other, 2.0, weight_scale=1.5)
         for k, (one, other) in enumerate(zip(forward, backward, strict=True))
     ]
     return PropagationReport(tuple(layers), limit)
@@ -282,6 +285,41 @@ def test_the_first_layer_beyond_the_limits_is_named(moments, first, first_backwa
 def test_the_size_of_the_head_is_no_alarm_for_gradients_unless_it_is_none():
     assert made_up(FINE, [1.0, 1.0, 1.0, 1e6]).first_bad_backward is None
     assert made_up(FINE, [1.0, 1.0, 1.0, 0.0]).first_bad_backward == "layer3"
+
+
+def test_the_size_of_the_head_is_no_alarm_for_values_unless_it_is_none():
+    assert made_up([1.0, 1.0, 1.0, 1e-6], FINE).first_bad_forward is None
+    assert made_up([1.0, 1.0, 1.0, 1e6], FINE).first_bad_forward is None
+    for nothing in (0.0, math.inf, math.nan):
+        assert made_up([1.0, 1.0, 1.0, nothing], FINE).first_bad_forward == "layer3"
+    assert made_up([1.0, 200.0, 1.0, 0.0], FINE).first_bad_forward == "layer1"
+
+
+def test_the_verdict_says_if_the_first_layer_was_not_judged():
+    fine = "all second moments stay within a factor of 100"
+    not_judged = fine + "; the weights of the first layer, layer0, were not judged"
+    assert made_up(FINE, FINE).verdict == fine
+    assert made_up(FINE[:2], FINE[:2]).verdict == not_judged  # no layer in between to compare it with
+    first, *others = made_up(FINE, FINE).layers
+    unknown = dataclasses.replace(first, weight_scale=math.nan)
+    assert PropagationReport((unknown, *others), 100.0).verdict == not_judged
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_the_verdict_says_that_steps_of_a_recurrent_layer_were_not_seen(kind):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.reader, self.head = nn.Linear(3, 4), kind(4, 8, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.reader(self.stem(x))[0][:, -1])
+
+    with seeded("test.report.recurrent"):
+        model = Reader()
+    found = report(model, batch(5, 60, 3).float())
+    assert found.first_bad_forward is found.first_bad_backward is None
+    assert found.verdict.endswith("; what happens within reader, from step to step, was not seen")
 
 
 def test_verdict_speaks_of_both_directions():
@@ -523,11 +561,84 @@ def test_a_skip_connection_breaks_the_chain_backward_though_the_values_match():
     assert math.isfinite(branch.predicted_forward)
 
 
-def test_functions_called_in_a_forward_of_ones_own_are_not_guessed():
-    problem = ZOO["in place"].problem()
-    first, second = report(problem.model, problem.inputs).layers
+class Functional(nn.Module):
+    """What `nn.Sequential` does with layers and an activation between them, which is called as a function."""
+
+    def __init__(self, layers, function):
+        super().__init__()
+        self.layers, self.function = nn.ModuleList(layers), function
+
+    def forward(self, x):
+        *first, last = self.layers
+        for layer in first:
+            x = self.function(layer(x))
+        return last(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "module"),
+    [
+        (torch.relu, nn.ReLU()),
+        (torch.Tensor.relu_, nn.ReLU()),
+        (F.relu, nn.ReLU()),
+        (torch.tanh, nn.Tanh()),
+        (F.gelu, nn.GELU()),
+        (lambda z: F.gelu(z, approximate="tanh"), nn.GELU("tanh")),
+        (F.silu, nn.SiLU()),
+        (torch.sigmoid, nn.Sigmoid()),
+        (F.leaky_relu, nn.LeakyReLU()),
+        (F.elu, nn.ELU()),
+        (F.softplus, nn.Softplus()),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_functions_of_the_usual_names_are_chained_as_their_modules_are(function, module, dtype):
+    model = double(nn.Sequential(nn.Linear(3, 5), module, nn.Linear(5, 4), module, nn.Linear(4, 2))).to(dtype)
+    inputs = batch(6, 3).to(dtype)
+    expected = values_of(report(model, inputs))
+    found = values_of(report(Functional(model[::2], function), inputs))
+    assert np.array(found) == pytest.approx(np.array(expected), rel=1e-6)
+    assert np.isfinite(found).all()
+
+
+def test_a_function_before_images_are_flattened_is_chained_too():
+    class Images(nn.Module):
+        def __init__(self, convolution, linear):
+            super().__init__()
+            self.convolution, self.linear = convolution, linear
+
+        def forward(self, x):
+            return self.linear(F.relu(self.convolution(x)).flatten(1))
+
+    model = double(nn.Sequential(nn.Conv1d(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)))
+    inputs = batch(6, 2, 5)
+    found = values_of(report(Images(model[0], model[3]), inputs))
+    assert np.array(found) == pytest.approx(np.array(values_of(report(model, inputs))), rel=1e-12)
+
+
+@pytest.mark.parametrize("function", [lambda z: F.leaky_relu(z, 0.3), lambda z: z.relu() * 2, torch.sin])
+def test_other_functions_are_not_guessed(function):
+    model = double(Functional([nn.Linear(3, 5), nn.Linear(5, 4)], function))
+    first, second = report(model, batch(6, 3)).layers
     assert math.isfinite(second.predicted_forward)
     assert math.isnan(first.predicted_backward)
+    problem = ZOO["in place"].problem()
+    assert math.isnan(report(problem.model, problem.inputs).layers[0].predicted_backward)
+
+
+def test_a_function_whose_result_goes_two_ways_breaks_the_chain():
+    class TwoWays(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.branch, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            return self.head(x + self.branch(x))
+
+    stem, branch, _ = report(double(TwoWays()), batch(6, 3)).layers
+    assert math.isnan(stem.predicted_backward)
+    assert math.isfinite(branch.predicted_forward)
 
 
 @pytest.mark.parametrize("n_classes", [2, 10, 100])
@@ -634,8 +745,8 @@ class Sum(nn.Module):
 @pytest.mark.parametrize(
     ("inputs", "rule"),
     [
-        ({"x": torch.ones(2, 3), "y": torch.full((2, 3), math.nan)}, "inputs must be finite, got nan"),
-        ((torch.full((2, 3), math.inf), torch.ones(2, 3)), "inputs must be finite, got inf"),
+        ({"x": torch.ones(2, 3), "y": torch.full((2, 3), math.nan)}, "inputs['y'] must be finite, got nan"),
+        ((torch.full((2, 3), math.inf), torch.ones(2, 3)), "inputs[0] must be finite, got inf"),
         ([torch.ones(2, 3), torch.ones(0, 3)], "inputs must hold at least one example, got shape (0, 3)"),
         ((torch.ones(3), torch.ones(3)), "examples along dimension 0, got an input of shape (3,) at layer layer"),
         (iter([]), "inputs must hold at least one batch, got an empty iterable"),
@@ -647,6 +758,30 @@ class Sum(nn.Module):
 def test_inputs_of_other_forms_out_of_range_are_refused(inputs, rule):
     with pytest.raises(ValueError, match=f"{re.escape(rule)}$"):
         report(Sum(), inputs)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x, mask):
+        return self.head(self.layer(x, src_mask=mask))
+
+
+def test_masks_may_hold_minus_infinity():
+    model, x, mask = double(Masked()), batch(6, 7, 4), nn.Transformer.generate_square_subsequent_mask(7).double()
+    mask = mask.to(x.device)
+    expected = np.array(values_of(report(model, {"x": x, "mask": mask < 0})))
+    for inputs in ({"x": x, "mask": mask}, (x, mask)):
+        assert np.array(values_of(report(model, inputs))) == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+def test_masks_with_other_numbers_are_refused_with_advice():
+    mask = torch.tensor([[0.5, -math.inf], [0.5, 0.5]])
+    rule = r"^inputs\['mask'\] must be finite, got -inf; a mask must hold 0 and -inf alone, or be boolean$"
+    with pytest.raises(ValueError, match=rule):
+        report(Masked(), {"x": torch.ones(3, 2, 4), "mask": mask})
 
 
 def test_the_first_batch_of_a_loader_is_taken_and_no_random_state_moves():
@@ -666,14 +801,34 @@ def test_lists_and_mappings_are_arguments_as_tuples_are(form):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_measured_and_not_predicted(dtype):
+def test_half_precision_is_measured_and_predicted(dtype):
     model, inputs = small_model(), batch(6, 3)
     expected = report(model, inputs).layers
     found = report(model.to(dtype), inputs.to(dtype)).layers
     rounding = 20 * torch.finfo(dtype).eps  # of two layers, squared
     assert [x.forward for x in found] == pytest.approx([x.forward for x in expected], rel=rounding)
     assert all(layer.backward > 0 for layer in found)
-    assert all(math.isnan(x) for layer in found for x in (layer.fan_in, layer.predicted_forward, layer.weight_scale))
+    for name in ("fan_in", "fan_out", "weight_scale", "predicted_forward", "predicted_backward"):
+        assert [getattr(x, name) for x in found] == pytest.approx([getattr(x, name) for x in expected], rel=rounding)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, "autocast"])
+def test_a_bad_first_layer_rings_the_alarm_in_any_precision(precision):
+    model, inputs = deep_model(math.sqrt(he_variance(50)), depth=4), batch(40, 50).float()
+    with torch.no_grad():
+        model[0].weight *= 30
+    dtype = torch.float32 if precision == "autocast" else precision
+    with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=precision == "autocast"):
+        found = report(model.to(dtype), inputs.to(dtype))
+    assert found.verdict == "values first go wrong at layer 0"
+    assert [layer.fan_in for layer in found.layers] == [50] * 4
+    assert all(math.isfinite(layer.predicted_backward) for layer in found.layers)
+
+
+def test_in_half_precision_too_what_a_layer_did_decides():
+    problem = ZOO["subclass of Linear that halves"].problem()
+    layers = report(problem.model.bfloat16(), problem.inputs.bfloat16()).layers
+    assert [math.isnan(layer.fan_in) for layer in layers] == [layer.kind != "Linear" for layer in layers]
 
 
 def test_predictions_begin_anew_behind_dropout_in_training():

@@ -146,10 +146,38 @@ def slope_moment(activation: Activation, variance: float, correlation: float = 1
     Raises
     ------
     ValueError
-        As :func:`product_expectation`.
+        As :func:`product_expectation`, or if autograd has no derivative, as for a comparison.
     """
     activation = _prepared(activation)
     return product_expectation(lambda z: _derivative(activation, z), variance, correlation)
+
+
+def mean_slopes(activation: Activation, variance: float) -> tuple[float, float]:
+    """Return ``E[φ'(z)]`` twice, by the values of φ, as ``E[(z - s) φ(z)] / v``, and by autograd; z ~ N(s, v).
+
+    They are the same if φ is continuous (Stein's rule). The first counts jumps too, and the mean s is not 0, so that
+    those of opposite signs at both sides of 0 do not cancel.
+
+    Parameters
+    ----------
+    activation, variance
+        As in :func:`second_moment`; `variance` above 0.
+
+    Raises
+    ------
+    ValueError
+        As :func:`slope_moment`.
+
+    Examples
+    --------
+    >>> by_values, by_autograd = mean_slopes(torch.sign, 1.0)
+    >>> round(by_values, 3), by_autograd
+    (0.745, 0.0)
+    """
+    activation = _prepared(activation)
+    shift = 0.37 * math.sqrt(variance)
+    by_values = expectation(lambda z: z * activation(z + shift), variance) / variance
+    return by_values, expectation(lambda z: _derivative(activation, z + shift), variance)
 
 
 def _prepared(function: Activation) -> Activation:
@@ -163,7 +191,10 @@ def _prepared(function: Activation) -> Activation:
 def _derivative(activation: Activation, z: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False), torch.enable_grad():
         z = z.clone().requires_grad_()
-        return torch.autograd.grad(activation(z.clone()).sum(), z, materialize_grads=True)[0]
+        values = activation(z.clone())
+        if not values.requires_grad:
+            raise ValueError("the activation must be differentiable by autograd, got one without a derivative")
+        return torch.autograd.grad(values.sum(), z, materialize_grads=True)[0]
 
 
 class _Integral(NamedTuple):

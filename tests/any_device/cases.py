@@ -190,6 +190,7 @@ NUMBERS = [
     (gaussian.expectation, lambda at: {"function": torch.tanh, "variance": 1.2}),
     (gaussian.product_expectation, lambda at: {"function": torch.tanh, "variance": 1.2, "correlation": 0.3}),
     (gaussian.second_moment, lambda at: {"activation": torch.tanh, "variance": 1.2}),
+    (gaussian.mean_slopes, lambda at: {"activation": torch.tanh, "variance": 1.2}),
     (gaussian.slope_moment, lambda at: {"activation": torch.tanh, "variance": 1.2}),
     (gaussian.slope_moment, lambda at: {"activation": torch.tanh, "variance": 1.2, "correlation": 0.3}),
     (initialization.variance_map, lambda at: MAP | {"variance": 1.2}),
