@@ -30,10 +30,11 @@ from helpers.lab.watch import untouched
 Numbers = float | np.ndarray | torch.Tensor
 
 DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
-WITH_DROPOUT_INSIDE = nn.MultiheadAttention, nn.RNNBase  # they drop by a number of their own, without a layer for it
 NORMS = nn.modules.batchnorm._NormBase  # batch and instance norm, which see the other examples in training
 SELU_FLOOR = -1.7580993408473766  # what SELU tends to at -∞, and what `AlphaDropout` puts where it drops
 MOST_LISTED = 24  # units whose masks are all listed
+LEAST_MASKS, LEAST_EXAMPLES = 10, 30  # fewer make the report wrong by more than it says
+ENOUGH_EXAMPLES = 500  # from which on two standard errors hold what they should
 IGNORED = -100  # the label that `F.cross_entropy` leaves out
 
 
@@ -526,7 +527,19 @@ class MaskedLosses:
         ]
         header = ["prediction", "loss", "minus without", "± from masks", "accuracy", "confidence - accuracy"]
         n = int(self.whole.loss.n)
-        return Table(header, rows, caption=f"Loss in nats of {n:,d} examples, {self.masks} masks each.")
+        caption = f"Loss in nats of {n:,d} examples, {self.masks} masks each."
+        return Table(header, rows, caption=caption, note=self.verdict)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the mean of the probabilities has a lower loss than the whole network, by two standard errors."""
+        excess = self.arithmetic.excess
+        advice = ""
+        if excess.n < ENOUGH_EXAMPLES:
+            advice = f" With fewer than {ENOUGH_EXAMPLES} examples the errors shown are too small."
+        if abs(excess.value) <= 2 * excess.stderr:
+            return f"Whether averaging probabilities over masks lowers this loss is not decided.{advice}"
+        return f"Averaging probabilities over masks {'lowers' if excess.value < 0 else 'raises'} this loss.{advice}"
 
     def __repr__(self) -> str:
         return repr(self.table())
@@ -560,13 +573,16 @@ def masked_losses(
     model : torch.nn.Module
         It is left as it was.
     loss : callable
-        ``loss(model(inputs), targets)``, a mean cross-entropy; it is called once, to see whether it is one.
+        ``loss(model(inputs), targets)``, a mean cross-entropy; it is called once a batch, to see whether it is one. For
+        logits (n, ..., classes) of sequences it has to flatten them, as in training.
     inputs : torch.Tensor, tuple, list or mapping of tensors, or an iterable of batches such as a ``DataLoader``
         Training examples tell how much of your training loss the masks make; test examples which prediction is best.
+        At least 30. Two standard errors of what the arithmetic mean adds held the truth in 91 % of draws of 500 digits,
+        and in 80 % of draws of 100: a network's worst errors are rare.
     targets : int64, shape (n,) or (n, ...), optional
         Labels; of sequences and images, one for each token or pixel. -100 is left out. None for an iterable.
     masks : int
-        For each example, at least 2.
+        For each example, at least 10.
     generator : torch.Generator
         Its draws seed the masks.
     rows_at_once : int
@@ -575,15 +591,17 @@ def masked_losses(
     Returns
     -------
     MaskedLosses
-        Logits are (n, classes), (n, classes, ...) or (n, ..., classes). Costs as much as evaluating ``masks + 2``
+        Logits are (n, classes), (n, classes, ...) or (n, ..., classes). What few masks do to a loss is taken off, not
+        what they do to accuracy and confidence of the means. Costs as much as evaluating ``masks + 2``
         times as many examples, two copies of the model, and memory for ``masks`` times the logits of ``rows_at_once``
         examples.
 
     Raises
     ------
     ValueError
-        As in :func:`masked_outputs`; if all masks give the same outputs; if the outputs are no logits of the targets'
-        classes; or if `loss` is not the mean cross-entropy, because of class weights, smoothed labels, a sum or a
+        As in :func:`masked_outputs`; if there are fewer than 10 masks or 30 examples; if all masks give the same
+        outputs; if the outputs are no logits of the targets' classes, or not finite; or if `loss` is not the mean
+        cross-entropy, because of class weights, smoothed labels, a label for padding other than -100, a sum or a
         penalty.
 
     Examples
@@ -596,10 +614,12 @@ def masked_losses(
     True
     """
     require_at_least_one(rows_at_once=rows_at_once)
-    if not masks >= 2:
-        raise ValueError(f"masks must be at least 2, got {masks}")
+    if not masks >= LEAST_MASKS:
+        raise ValueError(f"masks must be at least {LEAST_MASKS}, got {masks}")
+    if not callable(loss):
+        raise ValueError(f"loss must be callable, and come before the inputs, got {type(loss).__name__}")
     _require_where_drawn(generator, inputs, targets)
-    parts, checked = [], False
+    parts = []
     with _looking_at(model, generator) as droppers:
         for batch in tqdm(_split(inputs, targets, generator.device, rows_at_once), desc="masks", unit="batch"):
             whole = _whole_outputs(model, batch, droppers)
@@ -609,10 +629,10 @@ def masked_losses(
             masked = _masked_outputs(model, batch, droppers, masks, rows_at_once).reshape(masks, *whole.shape)
             labels = _labels(batch)
             chances = _log_probabilities(whole, labels, 0)
-            if not checked and (labels != IGNORED).any():
+            if not parts:
                 _require_masks_matter(masked)
+            if (labels != IGNORED).any():
                 _require_cross_entropy(loss, whole, chances, labels)
-                checked = True
             parts.append(_Sums.of(chances, _log_probabilities(masked, labels, 1), labels))
     return _Sums.joined(parts).report(masks)
 
@@ -671,7 +691,8 @@ def remove_units(
     layers : sequence of str
         Names in ``model.named_modules()`` of the layers whose outputs lose units: entries of the last dimension behind
         linear layers, embeddings and layer norms, channels behind convolutions and batch norms; behind other layers,
-        such as activations, entries of dimension 1, of outputs with 2 or at least 4 dimensions.
+        such as activations, entries of dimension 1, of outputs with 2 dimensions. Units of different layers are drawn
+        apart, so name one layer of those that work on the same units, such as a convolution and its activation.
     fraction : float
         Share of units that each of these layers loses, in [0, 1), rounded down to whole units.
     repeats : int
@@ -722,12 +743,11 @@ def remove_units(
             modules[name].register_forward_hook(remover.hook(name))
         for batch in batches_of(inputs, targets, generator.device):
             labels = _labels(batch)
-            counted = labels != IGNORED
-            count += int(counted.sum())
+            count += int((labels != IGNORED).sum())
             for k in tqdm(range(repeats + 1), desc="sets of units", leave=False):
                 remover.set = k
                 classes = _log_probabilities(batch.predict(model), labels, 0).argmax(-1)
-                hits[k] += ((classes == labels) & counted).sum()
+                hits[k] += (classes == labels).sum()  # no class is the label that is left out
             remover.require_called(layers)
     if not count:
         raise ValueError(f"targets must hold a label, got only {IGNORED}")
@@ -761,7 +781,9 @@ def _looking_at(model: nn.Module, generator: torch.Generator) -> Iterator[list[n
 def _drops(layer: nn.Module) -> bool:
     if isinstance(layer, DROPOUTS):
         return layer.p > 0
-    return isinstance(layer, WITH_DROPOUT_INSIDE) and layer.dropout > 0
+    if isinstance(layer, nn.RNNBase):
+        return layer.dropout > 0 and layer.num_layers > 1  # it acts between layers
+    return isinstance(layer, nn.MultiheadAttention) and layer.dropout > 0
 
 
 def _switch(droppers: list[nn.Module], on: bool) -> None:
@@ -777,6 +799,11 @@ def _whole_outputs(model: nn.Module, batch: Batch, droppers: list[nn.Module]) ->
         raise ValueError(f"model must return one tensor of logits, got {type(whole).__name__}")
     if whole.ndim == 0 or len(whole) != len(batch):
         raise ValueError(f"model must return a row for each of {len(batch)} examples, got shape {tuple(whole.shape)}")
+    if not whole.isfinite().all():
+        raise ValueError(
+            f"model must return finite numbers, got {int((~whole.isfinite()).sum())} others: to rule out a class, give "
+            "it a logit such as -1e4"
+        )
     return whole
 
 
@@ -882,8 +909,8 @@ def _require_cross_entropy(loss: Any, whole: torch.Tensor, chances: torch.Tensor
         return
     shown = f"{found.item():.6g}" if isinstance(found, torch.Tensor) and found.ndim == 0 else f"{found}"
     raise ValueError(
-        f"loss must be the mean cross-entropy, {wanted:.6g} on the first batch, without class weights, smoothed "
-        f"labels, another ignore_index, a sum or a penalty, got {shown}"
+        f"loss must be the mean cross-entropy, {wanted:.6g} on this batch, without class weights, smoothed labels, a "
+        f"sum or a penalty, and with -100 as the label of padding, got {shown}"
     )
 
 
@@ -944,8 +971,10 @@ class _Sums:
     def report(self, masks: int) -> MaskedLosses:
         if not self.tokens.sum() > 0:
             raise ValueError(f"targets must hold a label, got only {IGNORED}")
-        if len(self.tokens) < 2:
-            raise ValueError(f"there must be at least 2 examples, got {len(self.tokens)}")
+        if len(self.tokens) < LEAST_EXAMPLES:
+            raise ValueError(
+                f"there must be at least {LEAST_EXAMPLES} examples, better {ENOUGH_EXAMPLES}, got {len(self.tokens)}"
+            )
 
         def prediction(way: str) -> Prediction:
             return Prediction(
@@ -1019,7 +1048,10 @@ class _Remover:
     def require_called(self, layers: Sequence[str]) -> None:
         for name in layers:
             if name not in self.called:
-                raise ValueError(f"layers must be called when the model runs, got {name!r}, which is not")
+                raise ValueError(
+                    f"layers must be called when the model runs, got {name!r}, which is not: perhaps only its weights "
+                    "are used"
+                )
 
 
 UNITS_LAST = nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm
@@ -1037,7 +1069,7 @@ def _unit_axis(name: str, layer: nn.Module, output: Any) -> int:
         )
     if isinstance(layer, UNITS_LAST):
         return output.ndim - 1
-    if isinstance(layer, UNITS_SECOND) or output.ndim != 3:
+    if isinstance(layer, UNITS_SECOND) or output.ndim == 2:
         return 1
     raise ValueError(
         f"it must be clear which axis is that of units: name a linear or convolutional layer, got {name!r}, which "

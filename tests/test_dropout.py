@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers.dropout import (
+    SELU_FLOOR,
     adaptive_penalty,
     all_masks,
     alpha_mask_moments,
@@ -91,6 +92,10 @@ def test_alpha_dropout_has_the_moments_of_its_two_outcomes(p, value):
     mean, variance = alpha_mask_moments(value, p)
     assert mean == pytest.approx(p * low + (1 - p) * high)
     assert variance == pytest.approx(p * (1 - p) * (high - low) ** 2)
+
+
+def test_alpha_dropout_puts_where_it_drops_what_selu_tends_to():
+    assert pytest.approx(nn.SELU()(torch.tensor(-1e4, dtype=torch.float64)).item(), rel=1e-12) == SELU_FLOOR
 
 
 @pytest.mark.parametrize("p", P)

@@ -1,17 +1,16 @@
 """What ``make data`` stored for chapter 5: complete, and what its code gives again."""
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from helpers.data.dropout import (
-    DROPPED,
-    EPOCHS,
-    NORMALIZED_DROPPED,
-    NORMALIZED_EPOCHS,
-    OPTIMIZERS,
+    KINDS,
     SEEDS,
     measured,
+    measured_outputs,
     measured_shift,
     network,
     normalized_network,
@@ -19,17 +18,17 @@ from helpers.data.dropout import (
     trained,
     with_statistics_of,
 )
+from helpers.dropout import masked_outputs
 from helpers.lab import datasets
+from helpers.lab.runtime import seeded
 from tests.zoo import changes, fingerprint
 
 
 def test_everything_was_trained_with_every_optimizer_and_seed():
     found = stored()
-    for kind, dropped, epochs in (
-        ("plain", DROPPED, EPOCHS),
-        ("normalized", NORMALIZED_DROPPED, NORMALIZED_EPOCHS),
-    ):
-        assert found[kind].keys() == OPTIMIZERS.keys()
+    assert list(found) == list(KINDS)
+    for kind, (_, _, optimizers, dropped, epochs) in KINDS.items():
+        assert found[kind].keys() == optimizers.keys()
         for of_optimizer in found[kind].values():
             assert list(of_optimizer) == [str(p) for p in dropped]
             for of_p in of_optimizer.values():
@@ -59,6 +58,35 @@ def test_training_again_gives_the_stored_shifts():
     assert again.keys() == expected.keys()
     for name, value in again.items():
         assert value == pytest.approx(expected[name][0], abs=0.02), name
+
+
+def test_training_again_gives_the_stored_outputs():
+    ((epoch, model),) = trained(network, 0.5, "Adam", 1, epochs=(60,))
+    before = fingerprint(model)
+    again = measured_outputs(model, 1)
+    assert not changes(before, fingerprint(model))
+    expected = stored()["outputs"]["Adam"]["0.5"][str(epoch)]
+    assert again.keys() == expected.keys()
+    assert again["units"] == pytest.approx(expected["units"][1], rel=0.02)
+    assert again["to_geometric"] == pytest.approx(expected["to_geometric"][1], abs=3e-4)
+    assert again["to_arithmetic"] == pytest.approx(expected["to_arithmetic"][1], abs=0.005)
+
+
+def test_units_that_share_the_work_are_counted_and_divergences_are_those_of_scipy():
+    x, y = datasets.digits().x_test.cpu(), datasets.digits().y_test.cpu()
+    with seeded("test.dropout_data.untrained"):
+        model = network(0.5)
+    model[5].p = 0.1
+    model.eval()
+    found = measured_outputs(model, 3)
+    products = (model[6].weight[y] * model[:5](x).detach()).detach().numpy() ** 2
+    assert found["units"] == pytest.approx(np.mean(products.sum(1) ** 2 / (products**2).sum(1)), abs=1e-4)
+    source = torch.Generator().manual_seed(3)
+    masked = masked_outputs(model, x, masks=100, generator=source).softmax(2).numpy()
+    whole = model(x).softmax(1).detach().numpy()
+    for name, mean in (("arithmetic", masked.mean(0)), ("geometric", stats.gmean(masked))):
+        wanted = stats.entropy(whole, mean, axis=1).mean()
+        assert found[f"to_{name}"] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_what_looks_at_a_network_does_not_change_its_training():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers.dropout import masked_losses, masked_outputs, remove_units
+from helpers.data import dropout as trainings
+from helpers.dropout import _unit_axis, masked_losses, masked_outputs, remove_units
+from helpers.lab import datasets
+from helpers.lab.estimates import Estimate
 from helpers.lab.runtime import generator, seeded
 from tests.statistics import assert_refuses, assert_share, assert_z
 from tests.zoo import changes, fingerprint
@@ -145,7 +149,7 @@ def test_whatever_drops_is_switched_on_and_nothing_else_changes(name, training):
     build, shape = SECRETIVE[name]
     with seeded("test.dropout_tools.secretive"):
         model = build().double().train(training)
-    x, y = examples(6, *shape)
+    x, y = examples(30, *shape)
     before, fast_path = fingerprint(model), torch.backends.mha.get_fastpath_enabled()
     found = masked_outputs(model, x, masks=20, generator=draws(name))
     assert not changes(before, fingerprint(model))
@@ -265,16 +269,16 @@ def test_auxiliary_outputs_in_training_are_no_obstacle():
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_hides_neither_another_loss_nor_coupling(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision_hides_neither_another_loss_nor_coupling(dtype):
     x, y = examples(40, 4)
     half, x = small().to(dtype), x.to(dtype)
-    double = masked_losses(small(), F.cross_entropy, x.double(), y, masks=5, generator=draws("half"))
-    found = masked_losses(half, F.cross_entropy, x, y, masks=5, generator=draws("half"))
+    double = masked_losses(small(), F.cross_entropy, x.double(), y, masks=10, generator=draws("half"))
+    found = masked_losses(half, F.cross_entropy, x, y, masks=10, generator=draws("half"))
     assert found.whole.loss.value == pytest.approx(double.whole.loss.value, rel=0.02)
     smoothed = nn.CrossEntropyLoss(label_smoothing=0.1)
     with pytest.raises(ValueError, match="loss must be the mean cross-entropy"):
-        masked_losses(half, smoothed, x, y, masks=5, generator=draws("smoothed half"))
+        masked_losses(half, smoothed, x, y, masks=10, generator=draws("smoothed half"))
     with pytest.raises(ValueError, match="must not be coupled"):
         masked_outputs(FromTheFirst().to(dtype), x, masks=3, generator=draws("coupled half"))
 
@@ -290,9 +294,9 @@ def test_other_arguments_that_cannot_be_right_are_refused():
             0,
         )
     assert_refuses(
-        lambda: masked_losses(model, F.cross_entropy, x, y, masks=1, generator=draws("one")),
-        "masks must be at least 2",
-        1,
+        lambda: masked_losses(model, F.cross_entropy, x, y, masks=9, generator=draws("nine")),
+        "masks must be at least 10",
+        9,
     )
     for coupled in (Centered(), FromTheFirst()):
         assert_refuses(
@@ -300,6 +304,8 @@ def test_other_arguments_that_cannot_be_right_are_refused():
             "must not be coupled",
             "outputs of one example",
         )
+    with pytest.raises(ValueError, match="must not be coupled"):
+        masked_outputs(Centered().double(), x, masks=3, generator=draws("two"), rows_at_once=10)
     assert masked_outputs(Centered().double(), x, masks=3, generator=draws("single"), rows_at_once=9).shape == (3, 5, 3)
 
 
@@ -321,12 +327,14 @@ def jackknifed(of, masks):
     return masks * full - (masks - 1) * without.mean(0), without
 
 
-def test_losses_are_those_of_plain_loops():
-    model, (x, labels) = small(), examples(12, 4)
-    masked = masked_outputs(model, x, masks=6, generator=draws("by hand")).numpy()
-    found = masked_losses(model, F.cross_entropy, x, labels, masks=6, generator=draws("by hand"))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_losses_are_those_of_plain_loops(dtype):
+    model, (x, labels) = small().to(dtype), examples(31, 4)
+    x = x.to(dtype)
+    masked = masked_outputs(model, x, masks=10, generator=draws("by hand")).double().numpy()
+    found = masked_losses(model, F.cross_entropy, x, labels, masks=10, generator=draws("by hand"))
     y, n = labels.numpy(), len(labels)
-    whole, logs = normalized(model.eval()(x).detach().numpy()), normalized(masked)
+    whole, logs = normalized(model.eval()(x).detach().double().numpy()), normalized(masked)
 
     def geometric(some):
         return normalized(np.mean(logs[some], axis=0))
@@ -336,11 +344,11 @@ def test_losses_are_those_of_plain_loops():
 
     ways = {"whole": (whole, entropy_by_hand(whole, y), None)}
     each = entropy_by_hand(logs, y)
-    ways["one_mask"] = (None, each.mean(0), each.mean(1).std(ddof=1) / math.sqrt(6))
+    ways["one_mask"] = (None, each.mean(0), each.mean(1).std(ddof=1) / math.sqrt(10))
     for name, mean in (("geometric", geometric), ("arithmetic", arithmetic)):
-        loss, without = jackknifed(lambda some, mean=mean: entropy_by_hand(mean(some), y), 6)
-        of_masks = math.sqrt(5 / 6 * np.sum((without.mean(1) - without.mean()) ** 2))
-        ways[name] = (mean(list(range(6))), loss, of_masks)
+        loss, without = jackknifed(lambda some, mean=mean: entropy_by_hand(mean(some), y), 10)
+        of_masks = math.sqrt(9 / 10 * np.sum((without.mean(1) - without.mean()) ** 2))
+        ways[name] = (mean(list(range(10))), loss, of_masks)
     for name, (chances, loss, mask_stderr) in ways.items():
         prediction = getattr(found, name)
         assert prediction.loss.value == pytest.approx(loss.mean())
@@ -354,17 +362,20 @@ def test_losses_are_those_of_plain_loops():
         assert prediction.accuracy.value == pytest.approx(hits.mean())
         assert prediction.overconfidence.value == pytest.approx((confidences - hits).mean())
         assert prediction.overconfidence.stderr == pytest.approx((confidences - hits).std(ddof=1) / math.sqrt(n))
-    assert found.masks == 6
+    assert found.masks == 10
     shown = repr(found)
-    assert shown.startswith("Loss in nats of 12 examples, 6 masks each.")
+    assert shown.startswith("Loss in nats of 31 examples, 10 masks each.")
+    cells = [f"{getattr(found, name).mask_stderr:.1g}" for name in ("one_mask", "geometric", "arithmetic")]
+    assert [row[3] for row in found.table().rows] == ["", *cells]
     for words in ("without masks", "one mask", "geometric mean", "arithmetic mean", "confidence - accuracy"):
         assert words in shown
     assert "<table" in found._repr_html_()
 
 
 def test_thirty_masks_are_the_default():
-    model, (x, y) = small(), examples(5, 4)
+    model, (x, y) = small(), examples(30, 4)
     assert masked_losses(model, F.cross_entropy, x, y, generator=draws("default")).masks == 30
+    assert masked_losses(model, F.cross_entropy, x, y, masks=10, generator=draws("least")).masks == 10
 
 
 def test_interval_of_masks_covers_the_loss_of_all_masks():
@@ -379,7 +390,7 @@ def test_interval_of_masks_covers_the_loss_of_all_masks():
     }
     source, errors = draws("coverage"), {name: [] for name in truth}
     for _ in range(250):
-        found = masked_losses(model, F.cross_entropy, x, y, masks=20, generator=source)
+        found = masked_losses(model, F.cross_entropy, x, y, masks=20, generator=source, rows_at_once=20)
         for name, log_probabilities in truth.items():
             prediction = getattr(found, name)
             exact = F.nll_loss(log_probabilities, y).item()
@@ -404,7 +415,7 @@ def language_model(stream="language model"):
     return classifier(nn.Embedding(7, 6), nn.Dropout(0.4), nn.Linear(6, CLASSES), stream=stream)
 
 
-def padded(n=9, length=5):
+def padded(n=30, length=5):
     source = draws("tokens")
     tokens = torch.randint(7, (n, length), generator=source, device=source.device)
     labels = torch.randint(CLASSES, (n, length), generator=source, device=source.device)
@@ -418,7 +429,7 @@ def of_tokens(logits, labels):
 
 def test_padding_does_not_count():
     model, (tokens, labels) = language_model(), padded()
-    found = masked_losses(model, of_tokens, tokens, labels, masks=5, generator=draws("padding"))
+    found = masked_losses(model, of_tokens, tokens, labels, masks=10, generator=draws("padding"))
     with torch.no_grad():
         logits = model.eval()(tokens)
     wanted = of_tokens(logits, labels).item()
@@ -438,8 +449,8 @@ def test_classes_may_stand_second_or_last():
 
     model, (tokens, labels) = language_model(), padded()
     second = Second(*model)
-    last = masked_losses(model, of_tokens, tokens, labels, masks=5, generator=draws("order"))
-    other = masked_losses(second, F.cross_entropy, tokens, labels, masks=5, generator=draws("order"))
+    last = masked_losses(model, of_tokens, tokens, labels, masks=10, generator=draws("order"))
+    other = masked_losses(second, F.cross_entropy, tokens, labels, masks=10, generator=draws("order"))
     assert other.arithmetic.loss == last.arithmetic.loss
 
 
@@ -448,7 +459,7 @@ def test_where_classes_stand_must_be_clear():
     assert_refuses(
         lambda: masked_losses(model, of_tokens, tokens, labels, generator=draws("unclear")),
         "which dimension of the logits is that of classes",
-        "shape (9, 3, 3)",
+        "shape (30, 3, 3)",
     )
 
 
@@ -466,8 +477,8 @@ def test_a_loader_is_as_good_as_its_tensors():
 
 def test_single_precision_is_near_double():
     model, (x, y) = small(), examples(50, 4)
-    double = masked_losses(model, F.cross_entropy, x, y, masks=5, generator=draws("precision"))
-    found = masked_losses(model.float(), F.cross_entropy, x.float(), y, masks=5, generator=draws("precision"))
+    double = masked_losses(model, F.cross_entropy, x, y, masks=10, generator=draws("precision"))
+    found = masked_losses(model.float(), F.cross_entropy, x.float(), y, masks=10, generator=draws("precision"))
     assert found.whole.loss.value == pytest.approx(double.whole.loss.value, rel=1e-5)
 
 
@@ -514,11 +525,118 @@ def test_what_is_no_classification_is_refused(change, message):
     assert not changes(before, fingerprint(arguments["model"]))
 
 
-def test_one_example_is_too_few():
-    x, y = examples(1, 4)
+def test_few_examples_are_too_few():
+    x, y = examples(29, 4)
     assert_refuses(
-        lambda: masked_losses(small(), F.cross_entropy, x, y, generator=draws("few")), "at least 2 examples", 1
+        lambda: masked_losses(small(), F.cross_entropy, x, y, generator=draws("few")), "at least 30 examples", 29
     )
+
+
+def test_padding_with_another_label_is_noticed_in_a_later_batch():
+    model, (tokens, labels) = language_model(), padded(60)
+    other = torch.where(labels == -100, 0, labels)
+    other[:30] = 1  # the first batch has no padding
+
+    def without_padding(logits, targets):
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0)
+
+    loader = DataLoader(TensorDataset(tokens, other), batch_size=30)
+    with pytest.raises(ValueError, match="with -100 as the label of padding"):
+        masked_losses(model, without_padding, loader, generator=draws("later"))
+
+
+def test_a_verdict_needs_two_standard_errors():
+    model, (x, _) = small(), examples(600, 4)
+    sure = model.eval()(x).argmax(1)
+    wrong = (sure + 1) % CLASSES
+    for labels, verb in ((sure, "raises"), (wrong, "lowers")):
+        found = masked_losses(model, F.cross_entropy, x, labels, masks=10, generator=draws(f"verdict {verb}"))
+        assert found.verdict == f"Averaging probabilities over masks {verb} this loss."
+        assert repr(found).endswith(found.verdict)
+    few = masked_losses(model, F.cross_entropy, x[:499], sure[:499], masks=10, generator=draws("few"))
+    assert few.verdict.endswith("With fewer than 500 examples the errors shown are too small.")
+    excess = Estimate(0.02, 0.0101, 500, 0.0)
+    undecided = replace(found, arithmetic=replace(found.arithmetic, excess=excess)).verdict
+    assert undecided == "Whether averaging probabilities over masks lowers this loss is not decided."
+
+
+def test_what_many_masks_share_is_as_many_rows_as_wanted():
+    rows, model, (x, y) = [], small(), examples(30, 4)
+    model[0].register_forward_pre_hook(lambda layer, args: rows.append(len(args[0])))
+    masked_outputs(model, x, masks=50, generator=draws("passes"), rows_at_once=100)
+    assert rows == [30, 30, 30, 45, *[90] * 16, 60]  # whole, twice in training, coupled, masks
+    for rows_at_once in (1, 7, 40):
+        rows.clear()
+        masked_losses(model, F.cross_entropy, x, y, masks=10, generator=draws("rows"), rows_at_once=rows_at_once)
+        assert max(rows) == min(rows_at_once, 30)
+
+
+def test_masks_that_rarely_differ_are_enough():
+    (x, y), refused = examples(30, 4), []
+    for k in range(12):
+        model = small(p=0.0005)
+        outputs = masked_outputs(model, x, masks=10, generator=draws(f"rare {k}"))
+        refused.append(bool((outputs == outputs[:1]).all()))
+        if refused[-1]:
+            with pytest.raises(ValueError, match="masks must change the outputs"):
+                masked_losses(model, F.cross_entropy, x, y, masks=10, generator=draws(f"rare {k}"))
+        else:
+            masked_losses(model, F.cross_entropy, x, y, masks=10, generator=draws(f"rare {k}"))
+    assert 0 < sum(refused) < 12
+
+
+def test_a_loss_near_zero_in_single_precision_is_no_other_loss():
+    model, (x, _) = small().float(), examples(500, 4)
+    with torch.no_grad():
+        model[3].weight *= 50
+        y = model.eval()(x.float()).argmax(1)
+    found = masked_losses(model, F.cross_entropy, x.float(), y, masks=10, generator=draws("near zero"))
+    assert found.whole.loss.value < 0.1
+
+
+def test_the_fast_path_stays_off_if_it_was():
+    (x, y), model = examples(30, 5, 4), Encoder().double()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        masked_losses(model, F.cross_entropy, x, y, masks=10, generator=draws("off"))
+        assert not torch.backends.mha.get_fastpath_enabled()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize("model", [nn.GRU(4, CLASSES, 1, dropout=0.3), nn.Sequential(nn.Dropout(0.0))])
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout:UserWarning")
+def test_a_layer_that_never_drops_is_none(model):
+    x, _ = examples(5, 4)
+    assert_refuses(
+        lambda: masked_outputs(model.double(), x, masks=3, generator=draws("never")),
+        "with a positive probability",
+        "none",
+    )
+
+
+@pytest.fixture(scope="module")
+def digits_network():
+    """A network of the chapter, and what masks do to its loss on each of 500 test images, from 2,000 of them."""
+    ((_, model),) = trainings.trained(trainings.network, 0.5, "Adam", 0, epochs=(60,))
+    digits = datasets.digits()
+    x, y = digits.x_test.cpu(), digits.y_test.cpu()
+    chances = masked_outputs(model, x, masks=2_000, generator=torch.Generator().manual_seed(1)).softmax(2).mean(0)
+    with torch.no_grad():
+        excess = F.nll_loss(chances.log(), y) - F.cross_entropy(model.eval()(x), y)
+    return model, x, y, excess.item()
+
+
+@pytest.mark.parametrize(("n", "share"), [(500, (0.86, 0.97)), (100, (0.7, 0.9))])
+def test_interval_over_examples_covers_from_500_digits_on(digits_network, n, share):
+    """What the arithmetic mean adds is decided by few images, so that 100 of them are too few."""
+    model, x, y, truth = digits_network
+    source, found = torch.Generator().manual_seed(2), []
+    for _ in range(100):
+        rows = torch.randint(500, (n,), generator=source)
+        excess = masked_losses(model, F.cross_entropy, x[rows], y[rows], masks=20, generator=source).arithmetic.excess
+        found.append(abs(excess.value - truth) < 2 * excess.stderr)
+    assert_share(np.array(found), share)
 
 
 # Without some of the units
@@ -560,7 +678,61 @@ def test_accuracy_without_units_is_that_of_a_plain_loop(rescale, fraction):
     np.testing.assert_allclose(found.accuracies, expected)
     assert found.mean.value == pytest.approx(np.mean(expected))
     assert f"without {fraction:.0%} of the units" in repr(found)
-    assert "7 sets" in repr(found)
+    assert f"± {np.std(expected, ddof=1):.2g}; 7 sets)" in repr(found)
+
+
+def test_units_are_removed_in_evaluation_without_a_graph():
+    model = classifier(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, CLASSES)).train()
+    graphs = []
+    model[3].register_forward_hook(lambda layer, args, output: graphs.append(output.requires_grad))
+    with seeded("test.dropout_tools.removed statistics"):
+        nn.init.normal_(model[1].running_mean, std=2)
+    x, y = examples(200, 4)
+    found = [remove_units(model, x, y, layers=["0"], generator=draws("in evaluation")) for _ in range(2)]
+    np.testing.assert_array_equal(found[0].accuracies, found[1].accuracies)
+    assert not any(graphs)
+    assert model.training
+    with torch.no_grad():
+        whole = (model.eval()(x).argmax(1) == y).double().mean().item()
+    assert found[0].whole == pytest.approx(whole)
+
+
+def test_layers_of_one_width_lose_units_of_their_own():
+    gone = {0: [], 2: []}
+    layers = nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, CLASSES)
+    model = classifier(*layers, stream="two layers")
+    for k, sets in gone.items():
+        model[k + 1].register_forward_pre_hook(
+            lambda layer, args, sets=sets: sets.append((args[0] == 0).all(0).tolist())
+        )
+    x, y = examples(5, 4)
+    remove_units(model, x, y, layers=["0", "2"], repeats=5, generator=draws("two layers"))
+    assert all(sum(removed) == 6 for sets in gone.values() for removed in sets[1:])
+    assert gone[0][1:] != gone[2][1:]
+
+
+AXES = [  # of units, in the outputs of a layer with 2, 3 and 4 dimensions; None: refused
+    *[(kind, (1, 2, 3)) for kind in (nn.Linear(4, 4), nn.Bilinear(4, 4, 4), nn.Embedding(4, 4))],
+    *[(kind, (1, 2, 3)) for kind in (nn.LayerNorm(4), nn.RMSNorm(4))],
+    *[(kind, (1, 1, 1)) for kind in (nn.Conv1d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv3d(4, 4, 1))],
+    *[(kind(4, 4, 1), (1, 1, 1)) for kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)],
+    *[(kind(4), (1, 1, 1)) for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)],
+    *[(kind(4), (1, 1, 1)) for kind in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)],
+    (nn.GroupNorm(2, 4), (1, 1, 1)),
+    *[(kind(), (1, 1, 1)) for kind in (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)],
+    *[(kind(), (1, None, None)) for kind in (nn.ReLU, nn.Dropout)],
+]
+
+
+@pytest.mark.parametrize(("layer", "axes"), AXES, ids=lambda value: type(value).__name__)
+def test_the_axis_of_units_is_that_of_the_layer(layer, axes):
+    for ndim, axis in zip((2, 3, 4), axes, strict=True):
+        output = torch.zeros((4,) * ndim)
+        if axis is None:
+            assert_refuses(lambda output=output: _unit_axis("it", layer, output), "which axis is that of units", "'it'")
+        else:
+            assert _unit_axis("it", layer, output) == axis
+    assert_refuses(lambda: _unit_axis("it", layer, torch.zeros(4)), "with an axis of units", "Tensor of 'it'")
 
 
 def test_a_share_that_is_a_whole_number_of_units_is_removed_exactly():
@@ -651,7 +823,7 @@ def test_a_layer_without_an_axis_of_units_is_refused():
     assert_refuses(
         lambda: remove_units(language_model(), tokens, labels, layers=["1"], generator=draws("three")),
         "which axis is that of units",
-        "'1', which returns shape (9, 5, 6)",
+        "'1', which returns shape (30, 5, 6)",
     )
 
 
@@ -682,9 +854,9 @@ DEVICE_CASES_BY_VALUES = [
         lambda at: {
             "model": dropping(at),
             "loss": F.cross_entropy,
-            "inputs": at.normal(6, 3),
-            "targets": at.integers(2, 6),
-            "masks": 4,
+            "inputs": at.normal(30, 3),
+            "targets": at.integers(2, 30),
+            "masks": 10,
             "generator": at.generator,
         },
     ),

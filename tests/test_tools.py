@@ -314,7 +314,7 @@ WITHOUT_NOISE_SCALE = {
 
 
 def loss_reported(problem: Problem) -> dict[str, torch.Tensor]:
-    found = masked_losses(*problem, masks=5, generator=generator("test.tools.masks"))
+    found = masked_losses(*problem, masks=10, generator=generator("test.tools.masks"))
     return {"loss": torch.tensor(float(found.whole.loss.value), dtype=torch.float64)}
 
 
@@ -376,7 +376,7 @@ TOOLS = {
     "statistics_report": Tool(
         variances_reported, variances_by_hooks, lambda name, entry: not has_batch_norm(entry), n=32
     ),
-    "masked_losses": Tool(loss_reported, loss_without_masks, lambda name, entry: not drops(entry)),
+    "masked_losses": Tool(loss_reported, loss_without_masks, lambda name, entry: not drops(entry), n=30),
     "remove_units": Tool(
         accuracies_reported, accuracies_without_units, lambda name, entry: not is_classification(name, entry)
     ),

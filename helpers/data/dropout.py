@@ -1,9 +1,9 @@
 """What dropout does to digits networks under three optimizers: the trainings that chapter 5 shows.
 
 ``make data`` runs them again and writes ``dropout.json``: for each kind of network, optimizer, probability of a drop
-and number of epochs, and three seeds, what :func:`measured` and :func:`measured_shift` say. It takes a quarter of an
-hour on one core. Seeds are those named here whatever ``BOOK_SEED`` is, and all of it runs on the CPU, so that what is
-stored can be computed again anywhere.
+and number of epochs, and three seeds, what :func:`measured`, :func:`measured_shift` and :func:`measured_outputs` say.
+It takes a quarter of an hour on one core. Seeds are those named here whatever ``BOOK_SEED`` is, and all of it runs on
+the CPU, so that what is stored can be computed again anywhere.
 """
 
 import json
@@ -17,7 +17,14 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from helpers.dropout import linear_variance_shift, masked_losses, remove_units
+from helpers.dropout import (
+    arithmetic_mean,
+    geometric_mean,
+    linear_variance_shift,
+    masked_losses,
+    masked_outputs,
+    remove_units,
+)
 from helpers.lab import datasets, training
 
 SEEDS = (0, 1, 2)
@@ -31,6 +38,13 @@ OPTIMIZERS = {  # and batch size
     "SGD": (lambda parameters: torch.optim.SGD(parameters, lr=0.1), 64),
     "momentum": (lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9), 32),
     "Adam": (lambda parameters: torch.optim.Adam(parameters, lr=0.002), 64),
+}
+
+SHARE_DROPPED = (0.0, 0.5)  # of the networks whose outputs are looked at once more
+OTHER_STEPS = {  # for p = 0.8 only: is it momentum, or the size of a step?
+    "SGD, rate 0.5": (lambda parameters: torch.optim.SGD(parameters, lr=0.5), 32),
+    "momentum, rate 0.01": (lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9), 32),
+    "momentum, batches of 128": (lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9), 128),
 }
 
 Build = Callable[[float], nn.Sequential]
@@ -58,7 +72,7 @@ def trained(
     """Train on the digits, and hand over the network with the number of epochs after some of them."""
     digits = datasets.digits()
     x, y = digits.x_train.cpu(), digits.y_train.cpu()
-    make, batch_size = OPTIMIZERS[optimizer]
+    make, batch_size = (OPTIMIZERS | OTHER_STEPS)[optimizer]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build(p)
@@ -121,6 +135,30 @@ def _without_masks(
 
 
 @torch.no_grad()
+def measured_outputs(model: nn.Sequential, seed: int) -> dict[str, float]:
+    """Return how far means of 100 masked networks are from the whole one, and how many units share the work.
+
+    ``to_geometric`` and ``to_arithmetic`` are mean Kullback-Leibler divergences in nats from the predictions without
+    masks, over the test images. ``units`` is ``(Σ_j v_j²)² / Σ_j v_j⁴``, for ``v_j = w_kj x_j`` of the label k and of
+    the units x_j before the last layer, the mean over test images: n if n units add equally much to its logit.
+    """
+    digits, source = datasets.digits(), torch.Generator().manual_seed(seed)
+    x, y = digits.x_test.cpu(), digits.y_test.cpu()
+    was_training = model.training
+    model.eval()
+    found = {}
+    if model[2].p > 0:
+        whole = model(x).log_softmax(1)
+        masked = masked_outputs(model, x, masks=100, generator=source).log_softmax(2)
+        for name, mean in (("geometric", geometric_mean(masked)), ("arithmetic", arithmetic_mean(masked))):
+            found[f"to_{name}"] = F.kl_div(mean, whole, log_target=True, reduction="batchmean")
+    squares = (model[6].weight[y] * model[:5](x)).square()
+    found["units"] = (squares.sum(1) ** 2 / squares.square().sum(1)).mean()
+    model.train(was_training)
+    return {name: round(float(value), 4) for name, value in found.items()}
+
+
+@torch.no_grad()
 def measured_shift(model: nn.Sequential, seed: int) -> dict[str, float]:
     """Return variances in training over those in testing, medians over units, beside what theory says.
 
@@ -178,7 +216,10 @@ Found = dict[str, list[float]]  # what was measured → one value a seed
 
 
 def stored() -> dict[str, dict[str, dict[str, dict[str, Found]]]]:
-    """Return what ``make data`` stored: "plain" or "normalized" → optimizer → p → epochs → measurement → seeds."""
+    """Return what ``make data`` stored: kind → optimizer → p → epochs → measurement → seeds.
+
+    Kinds are "plain" and "normalized" networks, the "outputs" of plain ones, and "other steps" for p = 0.8.
+    """
     return json.loads((files("helpers.data") / "dropout.json").read_text(encoding="utf-8"))
 
 
@@ -208,16 +249,21 @@ def _write(results: dict) -> None:
     Path(__file__).with_suffix(".json").write_text("{\n" + ",\n".join(kinds) + "\n}\n", encoding="utf-8")
 
 
+KINDS = {
+    "plain": (network, measured, OPTIMIZERS, DROPPED, EPOCHS),
+    "normalized": (normalized_network, measured_shift, OPTIMIZERS, NORMALIZED_DROPPED, NORMALIZED_EPOCHS),
+    "outputs": (network, measured_outputs, OPTIMIZERS, SHARE_DROPPED, (60, 180)),
+    "other steps": (network, measured, OTHER_STEPS, (0.8,), (60,)),
+}
+
+
+def _trained_and_measured(kind: str) -> dict[str, dict[str, dict[str, Found]]]:
+    build, of, optimizers, dropped, epochs = KINDS[kind]
+    return {
+        optimizer: {str(p): _runs(build, of, p, optimizer, epochs) for p in dropped}
+        for optimizer in tqdm(optimizers, desc=kind)
+    }
+
+
 if __name__ == "__main__":
-    _write(
-        {
-            kind: {
-                optimizer: {str(p): _runs(build, of, p, optimizer, epochs) for p in dropped}
-                for optimizer in tqdm(OPTIMIZERS, desc=kind)
-            }
-            for kind, build, of, dropped, epochs in (
-                ("plain", network, measured, DROPPED, EPOCHS),
-                ("normalized", normalized_network, measured_shift, NORMALIZED_DROPPED, NORMALIZED_EPOCHS),
-            )
-        }
-    )
+    _write({kind: _trained_and_measured(kind) for kind in KINDS})
