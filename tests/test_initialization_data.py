@@ -29,6 +29,8 @@ def test_every_start_was_trained_with_every_optimizer_and_seed():
         ("4/n", "SGD 0.006", 2),
         ("edge", "Adam 0.0001", 2),
         ("chaotic", "SGD 0.006", 0),
+        ("Xavier", "momentum 0.006", 1),
+        ("2/n", "Adam 0.001, loss / 2^15", 0),
     ],
 )
 def test_training_again_gives_the_stored_losses(start, optimizer, seed):
