@@ -112,8 +112,7 @@ def right(notebooks, stored):
 
 @pytest.fixture(scope="module")
 def wrong(notebooks, stored):
-    # On a process of joblib's own. It has to import the package, so that one test with it must do.
-    return run_main(notebooks["wrong"], "--seed", SEED, "--jobs", 2)
+    return run_main(notebooks["wrong"], "--seed", SEED, "--jobs", 1)
 
 
 @pytest.fixture(scope="module")
@@ -302,9 +301,9 @@ def test_notebooks_of_one_name_in_two_folders_are_both_executed(tmp_path, monkey
 
 
 def test_a_seed_can_be_run_again_from_the_command_line(notebooks, right):
-    # As make calls it, but in one process: each of joblib's own would import the package once more.
+    # As make calls it, with processes of joblib's own. They have to import the package, so that one test must do.
     process = subprocess.run(
-        [sys.executable, "-m", "helpers.lab.reseed", "--seed", str(SEED), "--jobs", "1", str(notebooks["light"])],
+        [sys.executable, "-m", "helpers.lab.reseed", "--seed", str(SEED), "--jobs", "2", str(notebooks["light"])],
         cwd=ROOT,
         env=os.environ | {"TQDM_DISABLE": "1"},
         capture_output=True,
