@@ -458,6 +458,13 @@ def test_variance_of_a_coin_is_refused_where_its_quadratic_term_over_n_minus_1_a
         variance(coin)
 
 
+def test_a_refusal_names_the_figures_of_the_worst_entry():
+    # The first column is right, but so small that its figures are the smallest.
+    coins = np.stack([np.repeat([0.01, 0.0], [8, 37]), np.repeat([1.0, 0.0], [9, 36])], axis=1)
+    with pytest.raises(ValueError, match=re.escape("n - 1 = 0.0582, got 0.0576 with n = 45")):
+        variance(coins)
+
+
 def test_variance_of_one_fair_coin_among_others_is_refused():
     coins = rng("test.estimates.coins").random((5000, 3)) < [0.2, 0.5, 0.3]
     with pytest.raises(ValueError, match="a standard error needs influence values that vary"):
