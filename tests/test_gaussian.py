@@ -226,10 +226,24 @@ def test_modules_in_single_precision_on_any_mode_are_left_alone():
     assert activation.weight.grad is None
 
 
+def test_an_activation_that_gives_its_own_parameter_has_no_slope():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.level = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, z):
+            return self.level.expand_as(z)
+
+    assert slope_moment(Constant(), 2.0) == 0
+    assert second_moment(Constant(), 2.0) == pytest.approx(4, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("function", "rule"),
     [
         (torch.exp, "the density must damp the function, got one that grows too fast for variance 50.0"),
+        (lambda z: torch.exp(-z), "the density must damp the function, got one that grows too fast for variance 50.0"),
         (torch.log, "the function must be finite, got nan"),
         (
             lambda z: torch.sin(1e9 * z).sign(),

@@ -82,9 +82,9 @@ def test_every_cell_of_the_page_has_its_headers():
 
 
 def test_text_of_headers_and_ids_is_escaped():
-    page = Cells(Table(['"<i>"', "<b>&"], [["1", "2"]], row_ids=['"&'])._repr_html_())
-    assert [text for _, text in page.of("th")] == ['"<i>"', "<b>&", "1"]
-    assert page.of("td") == [({"data-label": "<b>&"}, "2")]
+    page = Cells(Table(['"<i>"', '<b>"&'], [["1", "2"]], row_ids=['"&'])._repr_html_())
+    assert [text for _, text in page.of("th")] == ['"<i>"', '<b>"&', "1"]
+    assert page.of("td") == [({"data-label": '<b>"&'}, "2")]
     assert [attributes for attributes, _ in page.of("tr")] == [{}, {"id": '"&'}]
 
 

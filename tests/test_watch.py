@@ -2,8 +2,10 @@
 
 import copy
 import doctest
+import random
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -102,6 +104,20 @@ def test_a_layer_called_twice_has_two_calls():
     assert [call.name for call in calls] == ["0", "1", "0"]
 
 
+class Nested(nn.Module):
+    """Calls itself for the entries behind the first."""
+
+    def forward(self, x):
+        return x[:1] + (self(x[1:]).sum() if len(x) > 1 else 0)
+
+
+def test_calls_of_a_layer_within_its_own_call_keep_their_inputs():
+    model, x = Nested(), normal(3)
+    with watch(model) as calls:
+        model(x)
+    assert_equal([call.inputs[0] for call in calls], [x[2:], x[1:], x])
+
+
 class Wrapped(nn.Module):
     """Takes and returns its tensors inside of other things."""
 
@@ -179,6 +195,13 @@ def test_gradients_of_outputs_equal_those_by_hand():
     delta = 2 * calls[2].output
     hidden = delta @ model[2].weight
     assert_equal(output_gradients(result, calls), [hidden * (calls[0].output > 0), hidden, delta])
+
+
+def test_gradients_of_outputs_can_be_asked_for_twice():
+    model = build(lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh()))
+    with watch(model) as calls:
+        result = model(normal(5, 4)).square().sum()
+    assert_equal(output_gradients(result, calls), output_gradients(result, calls))
 
 
 def test_gradients_of_outputs_of_frozen_layers():
@@ -326,6 +349,23 @@ def test_an_untouched_model_can_be_copied_and_trained():
             optimizer.zero_grad()
             m[3].__dict__.update(seen=[], last=None)
     assert_equal(dict(copy.deepcopy(model).state_dict()), dict(twin.state_dict()))
+
+
+def test_the_global_random_states_of_python_numpy_and_torch_are_put_back():
+    def draws():
+        return random.random(), np.random.random(), torch.rand(1).item()  # noqa: NPY002
+
+    with untouched(nn.Linear(2, 2)):
+        expected = draws()
+    assert draws() == expected
+
+
+def test_the_class_of_a_module_is_put_back():
+    model = build(lambda: nn.Sequential(nn.Linear(2, 2)))
+    with untouched(model):
+        nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Identity())
+        assert type(model[0]) is not nn.Linear
+    assert type(model[0]) is nn.Linear
 
 
 def test_hooks_of_the_reader_can_be_removed_afterwards():
