@@ -831,7 +831,7 @@ def _root(variance: Estimate) -> Estimate:
 
 def _device(model: nn.Module) -> torch.device:
     tensor = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+    return torch.empty(0).device if tensor is None else tensor.device
 
 
 # The tool: scores at the start of training

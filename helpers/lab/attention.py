@@ -68,7 +68,7 @@ class AttentionCall:
 
         Returns
         -------
-        torch.Tensor, shape (B, heads, stop - start, keys)
+        torch.Tensor, shape (B, heads, queries, keys)
             Minus infinity where a query does not see a key.
         """
         if self.scores is not None:
