@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 from torch import nn
 
 from helpers import normalization as norm
@@ -113,6 +113,29 @@ def test_the_law_of_a_rectified_mean_has_an_atom_at_0():
     assert norm.rectified_mean_cdf(9.0, 3) == pytest.approx(1, abs=1e-9)
 
 
+def test_the_mean_of_many_rectified_values_is_never_far_from_theirs():
+    for m in (512, 5_000):
+        assert norm.rectified_mean_cdf(1.5, m) == pytest.approx(1, abs=2e-9)
+        assert norm.rectified_mean_cdf(0.1, m) == pytest.approx(0, abs=2e-9)
+
+
+@pytest.mark.parametrize("m", [16, 32, 128])
+def test_the_law_of_a_rectified_mean_by_its_characteristic_function(m):
+    law = norm.LAWS["rectified"]
+    t = law.mean + np.array([-0.3, -0.1, 0.0, 0.1, 0.3]) * law.variance**0.5
+    frequencies = np.linspace(0, 60, 60_001)[1:]  # of (X - mean), by the inversion of Gil-Pelaez
+    erfcx = special.wofz(frequencies / math.sqrt(2))
+    characteristic = ((1 + erfcx) / 2) ** m
+    for at in t:
+        values = (np.exp(-1j * frequencies * m * at) * characteristic).imag / frequencies
+        start = (m * law.mean) - m * at  # the limit at frequency 0
+        found = 0.5 - (integrate.simpson(np.r_[start, values], x=np.r_[0, frequencies])) / math.pi
+        atom = 0.5**m  # its part of the integral decays slowly, and is known
+        rest = integrate.simpson(np.r_[-m * at, -np.sin(frequencies * m * at) / frequencies], x=np.r_[0, frequencies])
+        found += (rest / math.pi + 0.5) * atom
+        assert norm.rectified_mean_cdf(at, m) == pytest.approx(found, abs=1e-6)
+
+
 # What a layer returns
 
 
@@ -199,44 +222,44 @@ def test_in_pairs_the_mean_output_is_the_rank(x):
 
 @pytest.mark.parametrize("x", [0.4, 2.5])
 def test_the_mean_output_in_batches_of_three_by_quadrature(x):
-    def output(b, a):
-        batch = np.array([x, a, b])
-        return (x - batch.mean()) / batch.std() * stats.norm.pdf(a) * stats.norm.pdf(b)
-
-    nodes, weights = np.polynomial.legendre.leggauss(500)
+    nodes, weights = np.polynomial.legendre.leggauss(1_000)
     a, w = 8 * nodes, 8 * weights * stats.norm.pdf(8 * nodes)
     first, second = np.meshgrid(a, a)
     batch = np.stack([np.full_like(first, x), first, second])
     outputs = (x - batch.mean(0)) / batch.std(0)
     assert norm.expected_output(x, 3) == pytest.approx(w @ outputs @ w, abs=2e-4)
+    found = norm.output_variance(x, 3) + norm.expected_output(x, 3) ** 2
+    assert found == pytest.approx(w @ outputs**2 @ w, abs=2e-4)
 
 
-@pytest.mark.parametrize(("x", "m"), [(0.7, 4), (3.0, 4), (1.9, 9), (-4.0, 32), (0.2, 128)])
-def test_the_mean_output_by_quadrature_over_mean_and_spread_of_the_others(x, m):
+def moment_by_mean_and_spread(x, m, k):
+    """E[x̂^k | x] by quadrature over the others' mean, and the sum Q of their squared deviations, a chi-square."""
     n = m - 1
     nodes, weights = np.polynomial.legendre.leggauss(400)
 
-    def of_mean(a):  # the others' mean; Q is the sum of their squared deviations, chi-square with n - 1 degrees
+    def of_mean(a):
         def of_root(root):
             batch_variance = (root**2 + n * (x - a) ** 2 / m) / m
-            return n * (x - a) / m / np.sqrt(batch_variance) * 2 * root * stats.chi2.pdf(root**2, n - 1)
+            outputs = n * (x - a) / m / np.sqrt(batch_variance)
+            return outputs**k * 2 * root * stats.chi2.pdf(root**2, n - 1)
 
         top = math.sqrt(n - 1 + 60 + 12 * math.sqrt(n - 1))
-        return top / 2 * weights @ of_root(top / 2 * (nodes + 1))
+        return top / 2 * weights @ of_root(top / 2 * (nodes + 1)) * stats.norm.pdf(a, scale=1 / math.sqrt(n))
 
     width = 9 / math.sqrt(n)
     ends = sorted({-width, width, min(max(x, -width), width)})
-    found = sum(
-        (high - low)
-        / 2
-        * w
-        * of_mean((high + low) / 2 + (high - low) / 2 * t)
-        * math.sqrt(n / (2 * math.pi))
-        * math.exp(-n * ((high + low) / 2 + (high - low) / 2 * t) ** 2 / 2)
+    return sum(
+        (high - low) / 2 * w * of_mean((high + low) / 2 + (high - low) / 2 * t)
         for low, high in itertools.pairwise(ends)
         for t, w in zip(*np.polynomial.legendre.leggauss(60), strict=True)
     )
-    assert norm.expected_output(x, m) == pytest.approx(found, rel=1e-5)
+
+
+@pytest.mark.parametrize(("x", "m"), [(0.7, 4), (3.0, 4), (1.9, 9), (-4.0, 32), (0.2, 128)])
+def test_mean_and_noise_of_an_output_by_quadrature_over_mean_and_spread_of_the_others(x, m):
+    mean, second = (moment_by_mean_and_spread(x, m, k) for k in (1, 2))
+    assert norm.expected_output(x, m) == pytest.approx(mean, rel=1e-5)
+    assert norm.output_variance(x, m) == pytest.approx(second - mean**2, rel=1e-3)
 
 
 @pytest.mark.parametrize(("m", "expected"), [(4, 1.61), (32, 3.28), (128, 3.79)])
@@ -244,26 +267,14 @@ def test_four_deviations_away(m, expected):
     assert norm.expected_output(4.0, m) == pytest.approx(expected, abs=0.005)  # measured with other code
 
 
-@pytest.mark.parametrize("x", [-1.0, 0.0, 2.5])
-def test_the_noise_of_an_output_by_the_influence_of_one_value(x):
-    """To first order x̂ moves by the mean of the others' influence values, each found by mixing in a point mass."""
-    law, step = stats.gamma(3), 1e-6  # skewness 2/√3, excess kurtosis 2
-
-    def influence(y):
-        y = law.mean() + law.std() * y
-        mean = (1 - step) * law.mean() + step * y
-        second = (1 - step) * (law.var() + law.mean() ** 2) + step * y**2
-        at = law.mean() + law.std() * x
-        return ((at - mean) / math.sqrt(second - mean**2) - x) / step
-
-    squares = integrate.quad(lambda u: influence((u - 3) / math.sqrt(3)) ** 2 * law.pdf(u), 0, 60, limit=200)[0]
-    m = 1_000
-    found = norm.output_noise(x, m, 2 / math.sqrt(3), 2.0)
-    assert found == pytest.approx((m - 1) / m**2 * squares, rel=1e-4)
+@pytest.mark.parametrize("x", [0.0, -0.7, 2.0])
+def test_in_pairs_the_noise_of_an_output_is_that_of_a_sign(x):
+    assert norm.output_variance(x, 2) == pytest.approx(1 - (2 * stats.norm.cdf(x) - 1) ** 2, rel=1e-8)
 
 
-def test_the_noise_of_an_output_in_small_batches_counts_the_others_alone():
-    assert norm.output_noise(0.0, 4, 0.0, 0.0) == pytest.approx(3 / 16, rel=1e-12)
+def test_near_the_mean_the_noise_of_an_output_is_that_of_the_mean_of_a_large_batch():
+    assert norm.output_variance(0.0, 10_000) == pytest.approx(1e-4, rel=5e-4)
+    assert norm.output_variance(1.0, 10_000) == pytest.approx(1.5e-4, rel=5e-4)  # and half of x² for its unit
 
 
 # Samplers
@@ -290,6 +301,14 @@ def test_activations_have_their_law(name):
     assert draws.shape == (50_000, 4)
     assert draws.dtype == torch.float64
     assert_law(draws, norm.LAWS[name].cdf)
+    single = norm.activations(name, 2, 3, generator=generator("test.normalization.single"), dtype=torch.float32)
+    assert single.dtype == torch.float32
+
+
+def test_distribution_functions_are_those_of_scipy():
+    at = np.array([-0.5, 0.3, 2.0])
+    np.testing.assert_allclose(norm.LAWS["normal"].cdf(at), stats.norm.cdf(at), rtol=1e-12)
+    np.testing.assert_allclose(norm.LAWS["exponential"].cdf(at), stats.expon.cdf(at), rtol=1e-12)
 
 
 def test_rectified_activations_are_those_of_the_normal_law():
@@ -318,6 +337,7 @@ def test_many_batches_are_normalized_as_one_by_one():
     plain = (batches - batches.mean(1, keepdim=True)) / batches.std(1, correction=0, keepdim=True)
     torch.testing.assert_close(norm.normalized(batches), plain, rtol=1e-12, atol=1e-12)
     assert norm.normalized(torch.ones(1, 4)).abs().max() == 0
+    torch.testing.assert_close(norm.normalized(1e-8 * batches), plain, rtol=1e-9, atol=1e-12)
 
 
 # Refusals
@@ -344,7 +364,12 @@ def test_many_batches_are_normalized_as_one_by_one():
         (lambda: norm.output_fourth_moment(1), "batch_size must lie in [2, inf]", 1),
         (lambda: norm.expected_output(1.0, 1), "batch_size must lie in [2, inf]", 1),
         (lambda: norm.expected_output(math.inf, 3), "x must be finite", "inf"),
-        (lambda: norm.output_noise(1.0, 3, 2.0, 1.9), "excess_kurtosis must be at least skewness² - 2 = 2", 1.9),
+        (lambda: norm.coverage(0.1, 1.0, 0), "batch_size must be at least 1", 0),
+        (lambda: norm.pulled_mean(0.1, 1.0, 0), "batch_size must be at least 1", 0),
+        (lambda: norm.rectified_mean_cdf(0.1, 0), "batch_size must be at least 1", 0),
+        (lambda: norm.normalized(torch.zeros(2, 3, 4)), "batches must have shape (n_batches, batch_size)", "(2, 3, 4)"),
+        (lambda: norm.output_variance(1.0, 1), "batch_size must lie in [2, inf]", 1),
+        (lambda: norm.output_variance(math.inf, 4), "x must be finite", math.inf),
         (
             lambda: norm.activations("uniform", 2, 2, generator=torch.Generator()),
             "law must be one of normal, rectified, exponential",

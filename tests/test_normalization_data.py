@@ -20,19 +20,22 @@ def test_everything_was_trained_with_each_optimizer_and_seed():
         (str(size), norm) for size in data.SMALL_BATCHES for norm in data.NARROW
     }
     assert {(start, norm) for start in found["speed"] for norm in found["speed"][start]} == {
-        (start, norm) for start, (_, _, norms) in data.STARTS.items() for norm in norms
+        (start, norm) for start, (_, _, epochs) in data.STARTS.items() for norm in epochs
     }
     assert found["shift"].keys() == set(data.SHIFTED)
     for by_norm in (*found["small"].values(), *found["speed"].values(), found["shift"]):
         assert all(by_optimizer.keys() == data.OPTIMIZERS.keys() for by_optimizer in by_norm.values())
-    for by_norm in found["speed"].values():
-        for by_optimizer in by_norm.values():
+    for start, by_norm in found["speed"].items():
+        for norm, by_optimizer in by_norm.items():
             for name, by_rate in by_optimizer.items():
                 assert list(by_rate) == [str(rate) for rate in data.GRID[name]]
-                assert all(len(run["losses"]) == 15 for runs in by_rate.values() for run in runs)
+                lengths = {len(run["losses"]) for runs in by_rate.values() for run in runs}
+                assert lengths == {data.STARTS[start][2][norm]}
     for by_norm in found["small"].values():
         for by_optimizer in by_norm.values():
-            assert all({e: len(r) for e, r in runs.items()} == {"5": 3, "15": 3} for runs in by_optimizer.values())
+            for parts in by_optimizer.values():
+                assert list(parts) == [str(part) for part in data.RATE_PARTS]
+                assert all({e: len(r) for e, r in runs.items()} == {"5": 3, "15": 3} for runs in parts.values())
     assert all(len(runs) == 10 for by_optimizer in found["shift"].values() for runs in by_optimizer.values())
 
 
@@ -118,6 +121,44 @@ def test_renewed_statistics_are_those_of_the_inputs():
     assert not renewed.training
     assert torch.equal(model[1].running_var, torch.ones(64))
     torch.testing.assert_close(data.shifted(x), x / 2 + 0.5)
+
+
+def test_behind_batch_norm_in_pairs_s2_is_twice_the_variance():
+    model = data.network("batch", 0)
+    model[1].eps = 1e-12  # else pairs that are nearly alike give less than 1
+    found = data.second_layer(model, 2, seed=0, shuffles=1)
+    assert found["mean s² / training mode"] == pytest.approx(2, rel=0.005)
+    met = data.second_layer(data.network("batch", 0), 64, seed=0, shuffles=1)
+    assert met["mean s² / training mode"] == pytest.approx(64 / 63, rel=0.005)
+
+
+def test_what_the_second_layer_meets_in_training_mode_is_compared_with_evaluation():
+    model = data.network("batch", 0)
+    x = datasets.digits(torch.float32).x_train.cpu()
+    for layer in (model[1], model[4]):
+        layer.running_mean.normal_(generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))[:1296]
+    judging = copy.deepcopy(model).train()[:4]
+    met = torch.cat([judging(x[batch]) for batch in order.split(4)])
+    expected = (met.var(0) / copy.deepcopy(model).eval()[:4](x).var(0)).log().mean().exp().item()
+    found = data.second_layer(model, 4, seed=3, shuffles=1)
+    assert found["training mode / evaluation"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_pure_batches_hold_one_class_each_and_two_make_a_class():
+    seen = []
+
+    class Watch(nn.Module):
+        def forward(self, x):
+            seen.append(x[:, 0].tolist())
+            return torch.eye(10)[torch.full((len(x),), 3)]
+
+    labels = torch.arange(36) % 10
+    found = data.accuracy_in_pure_batches(Watch(), labels[:, None].float(), labels)
+    assert found == pytest.approx(4 / 36)
+    assert sorted(seen) == sorted(
+        [[float(c)] * 2 for c in range(10)] + [[float(c)] * (2 if c < 6 else 1) for c in range(10)]
+    )
 
 
 def test_epochs_are_counted_to_the_first_below():

@@ -139,8 +139,13 @@ def variances_by_hooks(entry: Entry, n: int) -> dict[str, torch.Tensor]:
     problem, found = entry.problem(n), {}
 
     def record(name: str, layer: nn.Module, inputs: torch.Tensor) -> None:
-        variance = inputs.detach().var((0, 2, 3))
-        found[name] = (layer.running_var.log() - variance.log()).mean().exp()
+        values = inputs.detach().transpose(0, 1).flatten(2)  # (C, examples, positions)
+        variance = values.flatten(1).var(1)
+        away = (values - values.mean((1, 2), keepdim=True)).square()
+        away = away / away.mean((1, 2), keepdim=True)
+        # log s² lies low by half the relative variance of s², here over batches of one example.
+        low = (away - 1).sum(2).square().mean(1) / (n - 1) / away[0, 0].numel() ** 2 / 2
+        found[name] = (layer.running_var.log() - variance.log() - low).mean().exp()
 
     for name, layer in problem.model.eval().named_modules():
         if isinstance(layer, nn.BatchNorm2d):

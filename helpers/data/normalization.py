@@ -3,7 +3,7 @@
 ``make data`` runs them again, in a few minutes on one core, and writes ``normalization.json``:
 
 - ``company``: accuracies of trained batch-norm networks in evaluation and in training mode, by optimizer and epochs;
-- ``small``: what training with batches of 2 and 4 gives, by batch size, norm, optimizer and epochs;
+- ``small``: what training with batches of 2, 4 and 8 gives, by batch size, norm, optimizer, rate and epochs;
 - ``speed``: training losses of each epoch, in evaluation mode, by depth and start, norm, optimizer and rate;
 - ``shift``: accuracies on shifted test images, by norm and optimizer.
 
@@ -40,9 +40,9 @@ OPTIMIZERS = {
 }
 RATES = {"SGD": 0.1, "momentum": 0.05, "Adam": 0.002}
 GRID = {
-    "SGD": (0.1, 0.2, 0.5, 1.0),
-    "momentum": (0.02, 0.05, 0.1, 0.2),
-    "Adam": (0.002, 0.005, 0.01, 0.02),
+    "SGD": (0.05, 0.1, 0.2, 0.5, 1.0, 2.0),
+    "momentum": (0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+    "Adam": (0.001, 0.002, 0.005, 0.01, 0.02, 0.05),
 }
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
@@ -50,15 +50,17 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "layer": lambda: nn.LayerNorm(WIDTH),
     "group": lambda: nn.GroupNorm(GROUPS, WIDTH),
 }
-EPOCHS = {"company": (10, 30), "small": (5, 15), "speed": 15, "shift": 15}
-SMALL_BATCHES = (2, 4)
+EPOCHS = {"company": (10, 30), "small": (5, 15), "shift": 15}
+SMALL_BATCHES = (2, 4, 8)
+RATE_PARTS = (1.0, 0.3, 0.1)  # of the rate that is scaled from that of m = 32
+RENEWED_ON = (16, 32, 64, 128, 256, 512)
 SHIFTED = ("none", "batch", "layer", "group")
 NARROW = ("batch", "layer", "group")
-# Hidden layers, whether they begin with He's variance, and the norms that are tried.
+# Hidden layers, whether they begin with He's variance, and for how many epochs each norm is trained.
 STARTS = {
-    "2 layers, default": (2, False, ("none", "batch", "layer", "group")),
-    "8 layers, default": (8, False, ("none", "batch")),
-    "8 layers, He": (8, True, ("none",)),
+    "2 layers, default": (2, False, {"none": 15, "batch": 15, "layer": 15, "group": 15}),
+    "8 layers, default": (8, False, {"none": 45, "batch": 15, "layer": 15, "group": 15}),
+    "8 layers, He": (8, True, {"none": 15}),
 }
 
 
@@ -192,6 +194,13 @@ def accuracy_in_batches(
     return torch.cat(right).double().mean().item()
 
 
+def accuracy_in_pure_batches(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Return the share of right answers in training mode, if each class makes two batches of its own."""
+    classes = [(y == label).nonzero().flatten() for label in range(10)]
+    right = [accuracy_in_batches(model, x, y, rows, (len(rows) + 1) // 2) * len(rows) for rows in classes]
+    return sum(right) / len(y)
+
+
 def with_statistics_of(model: nn.Module, x: torch.Tensor) -> nn.Module:
     """Return a copy with the statistics of these inputs, all in one batch, by ``torch.optim.swa_utils.update_bn``."""
     renewed = copy.deepcopy(model)
@@ -209,11 +218,13 @@ def in_company(model: nn.Module, seed: int) -> dict[str, float]:
         "shuffled": accuracy_in_batches(model, x, y, shuffled, 32),
         "sorted": accuracy_in_batches(model, x, y, by_class, 32),
         "sorted, 128": accuracy_in_batches(model, x, y, by_class, 128),
+        "one class": accuracy_in_pure_batches(model, x, y),
         "shuffled, 2": accuracy_in_batches(model, x, y, shuffled, 2),
     }
     for batch_size in (32, 8):
         judged = company(model, x, digits.x_train, batch_size=batch_size, generator=draws, examples_per_call=4096)
         found[f"wavering, {batch_size}"] = float(judged.wavering.value)
+        found[f"differing, {batch_size}"] = float(judged.differing.value)
     return _rounded(found)
 
 
@@ -231,7 +242,33 @@ def of_small_batches(model: nn.Module, norm: str, batch_size: int, seed: int) ->
         found["exact statistics"] = training.accuracy(exact, digits.x_test, digits.y_test)
         first, second = statistics_report(model, x).layers
         found |= {"ratio, layer 1": float(first.ratio.value), "ratio, layer 2": float(second.ratio.value)}
+        found |= second_layer(model, batch_size, seed)
     return _rounded(found)
+
+
+@torch.no_grad()
+def second_layer(model: nn.Module, batch_size: int, seed: int, shuffles: int = 4) -> dict[str, float]:
+    """Compare what the second batch norm meets in training mode: s² with the variance, and that with evaluation's.
+
+    Both are geometric means over units.
+    """
+    (x, _), draws = _training_data(), torch.Generator().manual_seed(seed)
+    training_mode, evaluation = copy.deepcopy(model).train(), copy.deepcopy(model).eval()
+    met: list[torch.Tensor] = []
+    for network in (training_mode, evaluation):
+        second = [layer for layer in network if isinstance(layer, nn.BatchNorm1d)][1]
+        second.register_forward_pre_hook(lambda _, inputs: met.append(inputs[0]))
+    evaluation(x)
+    variance = met.pop().var(0)  # (units,)
+    for _ in range(shuffles):
+        for batch in torch.randperm(len(x), generator=draws)[: len(x) // batch_size * batch_size].split(batch_size):
+            training_mode(x[batch])
+    batches = torch.stack(met)  # (n, m, units)
+    total = batches.flatten(0, 1).var(0)
+    return {
+        "mean s² / training mode": (batches.var(1).mean(0) / total).log().mean().exp().item(),
+        "training mode / evaluation": (total / variance).log().mean().exp().item(),
+    }
 
 
 def shifted(x: torch.Tensor) -> torch.Tensor:
@@ -245,14 +282,16 @@ def of_shift(model: nn.Module, norm: str, seed: int) -> dict[str, float]:
     x, y, moved = digits.x_test, digits.y_test, shifted(digits.x_test)
     found = {"clean": training.accuracy(model, x, y), "shifted": training.accuracy(model, moved, y)}
     if norm == "batch":
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
         clean, renewed = with_statistics_of(model, x), with_statistics_of(model, moved)
         found["clean, own statistics"] = training.accuracy(clean, x, y)
         found["shifted, own statistics"] = training.accuracy(renewed, moved, y)
         found["changed labels"] = (clean(x).argmax(1) != renewed(moved).argmax(1)).double().mean().item()
-        found["shifted, statistics of 16"] = accuracy_in_batches(model, moved, y, order, 16)
-        clamped = moved.clamp(max=0.8)
-        found["clamped, own statistics"] = training.accuracy(with_statistics_of(model, clamped), clamped, y)
+        others, of_others = _training_data()
+        others = shifted(others)[torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))]
+        for n in RENEWED_ON:
+            found[f"renewed on {n}"] = training.accuracy(with_statistics_of(model, others[:n]), moved, y)
+        of_two = shifted(_training_data()[0])[of_others < 2]
+        found["renewed on two classes"] = training.accuracy(with_statistics_of(model, of_two), moved, y)
     return _rounded(found)
 
 
@@ -268,27 +307,28 @@ def company_runs(optimizer: str, epochs: Sequence[int] = EPOCHS["company"]) -> d
     }
 
 
-def small_runs(batch_size: int, norm: str, epochs: Sequence[int] = EPOCHS["small"]) -> dict[str, dict[str, list]]:
-    """Rates are those of m = 32 times m/32, for Adam its root: scaled, not tuned."""
+def small_runs(batch_size: int, norm: str, epochs: Sequence[int] = EPOCHS["small"]) -> dict[str, Any]:
+    """Rates are parts of those of m = 32 times m/32, for Adam its root. Return runs by optimizer, part and epochs."""
     factor = {"SGD": batch_size / 32, "momentum": batch_size / 32, "Adam": (batch_size / 32) ** 0.5}
-    runs = [Run(name, RATES[name] * factor[name], seed) for name in OPTIMIZERS for seed in SEEDS]
+    keys = [(name, part, seed) for name in OPTIMIZERS for part in RATE_PARTS for seed in SEEDS]
+    runs = [Run(name, RATES[name] * factor[name] * part, seed) for name, part, seed in keys]
     networks = [network(norm, run.seed) for run in runs]
-    found: dict[str, dict[str, list]] = {name: {} for name in OPTIMIZERS}
+    found: dict[str, Any] = {name: {str(part): {} for part in RATE_PARTS} for name in OPTIMIZERS}
     for epoch, stage in zip(epochs, trained(networks, runs, batch_size=batch_size, epochs=epochs), strict=True):
-        for run, model in zip(runs, stage, strict=True):
-            measured = of_small_batches(model, norm, batch_size, run.seed)
-            found[run.optimizer].setdefault(str(epoch), []).append(measured)
+        for (name, part, seed), model in zip(keys, stage, strict=True):
+            measured = of_small_batches(model, norm, batch_size, seed)
+            found[name][str(part)].setdefault(str(epoch), []).append(measured)
     return found
 
 
-def speed_runs(start: str, norm: str, epochs: int = EPOCHS["speed"]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def speed_runs(start: str, norm: str, epochs: int | None = None) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Return for each optimizer and rate, and each seed, the training loss after each epoch and the test accuracy."""
-    hidden, he, _ = STARTS[start]
+    hidden, he, epochs_of = STARTS[start]
     runs = [Run(name, rate, seed) for name, rates in GRID.items() for rate in rates for seed in SEEDS]
     networks = [network(norm, run.seed, hidden, he) for run in runs]
     losses: list[list[float]] = [[] for _ in runs]
     stage = networks
-    for stage in trained(networks, runs, batch_size=64, epochs=range(1, epochs + 1)):
+    for stage in trained(networks, runs, batch_size=64, epochs=range(1, (epochs or epochs_of[norm]) + 1)):
         for found, model in zip(losses, stage, strict=True):
             found.append(round(training.per_sample_loss(model, *_training_data()).mean().item(), 3))
     found = {name: {str(rate): [] for rate in rates} for name, rates in GRID.items()}
