@@ -519,7 +519,7 @@ def intraclass_correlation(losses: Losses) -> Estimate:
 
     Parameters
     ----------
-    losses : array of shape (n_batches, batch_size), or sequence of 1-d arrays
+    losses : array of shape (n_batches, batch_size), or sequence of 1-d arrays (also a nested tensor)
         Losses of one fixed network (``model.eval()``, ``torch.no_grad()``, ``reduction="none"``), one row or array a
         batch. Batches may differ in size, and be as short as one loss. At least 60 batches. Drop padded tokens first,
         ``loss[mask]``.
@@ -537,8 +537,8 @@ def intraclass_correlation(losses: Losses) -> Estimate:
     Raises
     ------
     ValueError
-        If there are fewer than 60 batches, all of one loss, a loss is NaN or infinite, losses are a masked array or do
-        not vary, or all variation within batches, or between them, comes from one batch.
+        If there are fewer than 60 batches, all of one loss, a loss is NaN, infinite or complex, losses are a masked
+        array or do not vary, or all variation within batches, or between them, comes from one batch.
 
     Notes
     -----
@@ -730,7 +730,10 @@ def _jackknife(value: float, left_out: np.ndarray, least_stderr: float) -> tuple
 
 def _batch_statistics(losses: Losses) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return size, mean and sum of squared deviations of each batch, shape (n_batches,) each, in float64."""
-    batches, dimensions = ([losses], 2) if isinstance(losses, torch.Tensor | np.ndarray) else (list(losses), 1)
+    if isinstance(losses, torch.Tensor) and losses.is_nested:
+        losses = losses.unbind()
+    is_matrix = isinstance(losses, torch.Tensor) or (isinstance(losses, np.ndarray) and losses.dtype != object)
+    batches, dimensions = ([losses], 2) if is_matrix else (list(losses), 1)
     if not batches:
         raise ValueError("losses must hold batches, got none")
     if any(np.ma.isMaskedArray(batch) for batch in batches):
@@ -738,6 +741,8 @@ def _batch_statistics(losses: Losses) -> tuple[np.ndarray, np.ndarray, np.ndarra
             "losses must not be masked arrays, whose masked entries would count: pass a sequence of "
             f"batch.compressed(), got a {type(losses).__name__}"
         )
+    if any(torch.is_complex(torch.as_tensor(batch)) for batch in batches):
+        raise ValueError("losses must be real, got complex numbers")
     batches = [torch.as_tensor(batch, dtype=torch.float64).detach() for batch in batches]
     for batch in batches:
         if batch.ndim != dimensions or not batch.shape[-1]:

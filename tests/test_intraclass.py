@@ -300,6 +300,26 @@ def test_batches_of_one_loss_are_refused():
         intraclass_correlation(correlated_losses(60, 1, "test.icc.one"))
 
 
+def as_objects(batches):
+    """Return a NumPy array of arrays, as ragged batches end up in."""
+    held = np.empty(len(batches), dtype=object)
+    held[:] = [batch.numpy() for batch in batches]
+    return held
+
+
+@pytest.mark.parametrize("form", [torch.nested.nested_tensor, as_objects], ids=["nested", "objects"])
+def test_batches_of_several_sizes_come_in_any_container(form):
+    losses = correlated_losses(60, 5, "test.icc.forms")
+    batches = [batch[: 3 + k % 3] for k, batch in enumerate(losses)]
+    found, expected = intraclass_correlation(form(batches)), intraclass_correlation(batches)
+    assert (found.value, found.stderr) == (expected.value, expected.stderr)
+
+
+def test_complex_losses_are_refused():
+    with pytest.raises(ValueError, match="losses must be real, got complex numbers"):
+        intraclass_correlation(np.full((60, 3), 1 + 1j))
+
+
 @tools
 @pytest.mark.parametrize("form", [lambda masked: masked, list], ids=["matrix", "sequence"])
 def test_masked_losses_are_refused(tool, form):
