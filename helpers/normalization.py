@@ -607,7 +607,7 @@ class Company:
         share, n = self.differing, len(self.agreements)
         ever = int((self.agreements < self.companies).sum())
         return (
-            f"{share.value:.1%} ± {share.stderr:.1%} of answers differ from those of evaluation mode; {ever:,} of "
+            f"{share.value:.1%} ± {share.stderr:.1%} of answers differ from those of evaluation mode;\n{ever:,} of "
             f"{n:,} inputs change their label in at least one of {self.companies} companies of {self.batch_size - 1}"
         )
 

@@ -237,7 +237,9 @@ def test_limits_are_those_of_clopper_and_pearson():
 
 def test_the_result_prints_the_share_that_wavers():
     found = made([20, 19, 20, 3])
-    text = "22.5% ± 20.9% of answers differ from those of evaluation mode; 2 of 4 inputs change their label in at least"
+    text = (
+        "22.5% ± 20.9% of answers differ from those of evaluation mode;\n2 of 4 inputs change their label in at least"
+    )
     text += " one of 20 companies of 31"
     assert repr(found) == text
     assert found.table.rows[0] == ["3", "1", "3 of 20", "0.03 to 0.38", "0.25"]
