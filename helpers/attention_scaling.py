@@ -382,7 +382,7 @@ def participation(n_keys: int, variance: float) -> float:
     Examples
     --------
     >>> round(participation(16, 1.0), 3), round(participation(16, 32.0), 3)
-    (0.143, 0.668)
+    (0.132, 0.697)
     """
     require_at_least_one(n_keys=n_keys)
     require_not_negative(variance=variance)

@@ -36,37 +36,33 @@ def test_everything_was_trained_with_every_optimizer_and_seed():
                 assert all(len(values) == len(SEEDS) for of_epoch in of_p.values() for values in of_epoch.values())
 
 
+def once_more(kind, make, measure, p, optimizer, seed, epochs):
+    """Return what a network measures when it is trained again, unharmed, and what is stored."""
+    ((epoch, model),) = trained(make, p, optimizer, seed, epochs=(epochs,))
+    before = fingerprint(model)
+    again = measure(model, seed)
+    assert not changes(before, fingerprint(model))
+    expected = stored()[kind][optimizer][str(p)][str(epoch)]
+    assert again.keys() == expected.keys()
+    return again, expected
+
+
 @pytest.mark.parametrize(("p", "optimizer", "seed"), [(0.5, "Adam", 1), (0.2, "SGD", 0), (0.0, "Adam", 2)])
 def test_training_again_gives_the_stored_figures(p, optimizer, seed):
-    ((epoch, model),) = trained(network, p, optimizer, seed, epochs=(20,))
-    before = fingerprint(model)
-    again = measured(model, seed)
-    assert not changes(before, fingerprint(model))
-    expected = stored()["plain"][optimizer][str(p)][str(epoch)]
-    assert again.keys() == expected.keys()
+    again, expected = once_more("plain", network, measured, p, optimizer, seed, 20)
     for name, value in again.items():
         # On another processor a few images may change sides.
         assert value == pytest.approx(expected[name][seed], abs=0.01), name
 
 
 def test_training_again_gives_the_stored_shifts():
-    ((epoch, model),) = trained(normalized_network, 0.5, "Adam", 0, epochs=(20,))
-    before = fingerprint(model)
-    again = measured_shift(model, 0)
-    assert not changes(before, fingerprint(model))
-    expected = stored()["normalized"]["Adam"]["0.5"][str(epoch)]
-    assert again.keys() == expected.keys()
+    again, expected = once_more("normalized", normalized_network, measured_shift, 0.5, "Adam", 0, 20)
     for name, value in again.items():
         assert value == pytest.approx(expected[name][0], abs=0.02), name
 
 
 def test_training_again_gives_the_stored_outputs():
-    ((epoch, model),) = trained(network, 0.5, "Adam", 1, epochs=(60,))
-    before = fingerprint(model)
-    again = measured_outputs(model, 1)
-    assert not changes(before, fingerprint(model))
-    expected = stored()["outputs"]["Adam"]["0.5"][str(epoch)]
-    assert again.keys() == expected.keys()
+    again, expected = once_more("outputs", network, measured_outputs, 0.5, "Adam", 1, 60)
     assert again["units"] == pytest.approx(expected["units"][1], rel=0.02)
     assert again["to_geometric"] == pytest.approx(expected["to_geometric"][1], abs=3e-4)
     assert again["to_arithmetic"] == pytest.approx(expected["to_arithmetic"][1], abs=0.005)
