@@ -519,10 +519,10 @@ def intraclass_correlation(losses: Losses) -> Estimate:
 
     Parameters
     ----------
-    losses : array of shape (n_batches, batch_size), or sequence of 1-d arrays (also a nested tensor)
+    losses : array of shape (n_batches, batch_size), or sequence of 1-d arrays
         Losses of one fixed network (``model.eval()``, ``torch.no_grad()``, ``reduction="none"``), one row or array a
-        batch. Batches may differ in size, and be as short as one loss. At least 60 batches. Drop padded tokens first,
-        ``loss[mask]``.
+        batch. Batches may differ in size (a nested tensor will do), and be as short as one loss. At least 60 batches.
+        Drop padded tokens first, ``loss[mask]``.
 
     Returns
     -------
