@@ -111,7 +111,8 @@ def build(folder, address=""):
     nbformat.write(chapter_with_folds(), folder / "book/folds.ipynb")
     claims = code_cell("check()", claim("unbiased", "<a>"), claim("unbiased", "b"), claim("iid_variance", "c"))
     again = code_cell("check_again()", claim("iid_variance", "d"))
-    nbformat.write(notebook(title, claims, again), folder / "book/minibatch_loss.ipynb")
+    folded = [code_cell(f"# Check: {case}", claim("unbiased", case), tag="hide-input") for case in ("e", "f")]
+    nbformat.write(notebook(title, claims, again, *folded), folder / "book/minibatch_loss.ipynb")
     jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))
     command = [jupyter_book, "build", str(folder), "-W", "-n", "--keep-going"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -313,14 +314,16 @@ def test_the_line_of_a_claim_states_it_and_counts_its_checks(claim_lines):
     titles = {claim.id: html.escape(claim.title) for claim in read_chapter("minibatch_loss").claims}
     unbiased, variance = (titles[f"minibatch_loss.{slug}"] for slug in ("unbiased", "iid_variance"))
     texts = [re.sub(r"<[^>]*>", "", summary) for summary, _ in claim_lines]
-    assert texts == [f"✓ {unbiased} unbiased · 2 checks", f"✓ {variance} iid_variance", f"✓ {variance} iid_variance"]
+    twice, once = f"✓ {unbiased} unbiased · 2 checks", f"✓ {variance} iid_variance"
+    assert texts == [twice, once, once, twice]
 
 
-def test_checks_of_a_claim_in_one_cell_stand_under_its_line(claim_lines):
+def test_checks_of_a_claim_in_one_cell_or_one_fold_stand_under_its_line(claim_lines):
     checks = [[re.sub(r"<[^>]*>", "", check) for check in checks] for _, checks in claim_lines]
     escaped = "&lt;a&gt;"
     first = [f"{escaped}: Sentence {escaped}. row {escaped}", "b: Sentence b. row b"]
-    assert checks == [first, ["c: Sentence c. row c"], ["d: Sentence d. row d"]]
+    last = ["e: Sentence e. row e", "f: Sentence f. row f"]
+    assert checks == [first, ["c: Sentence c. row c"], ["d: Sentence d. row d"], last]
 
 
 def test_the_front_page_shows_a_figure_that_a_notebook_stores(private):

@@ -108,14 +108,19 @@ def _move(run, container):
 
 
 def _fold(run):
-    """Put the code of all cells, perhaps with outputs, into one fold."""
+    """Put the code of all cells, perhaps with outputs, into one fold; other outputs become one, behind it."""
     head, *others = run
     labels = dict.fromkeys(filter(None, map(_label_of, run)))
     folded, output = fold(label=_joined(labels) or UNLABELED), []
     for cell in run:
         code, *shown = cell.children
         folded.append(code)
-        (folded if cell["with_output"] else output).extend(shown)
+        if cell["with_output"]:
+            folded.extend(shown)
+        elif output:  # claims of one statement in several cells are one row
+            output[0].extend(part for node in shown for part in node.children)
+        else:
+            output.extend(shown)
     for cell in others:
         cell.parent.remove(cell)
     head.children = []
